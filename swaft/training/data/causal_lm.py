@@ -18,7 +18,7 @@ from torch import Tensor
 from swaft.errors import DataError
 from swaft.options import Count, Range, WholeNumber
 from swaft.training.config.schema import EvalConfig, Fault, RecipeConfig, RowsConfig
-from swaft.training.data.chats import TEMPLATE_ARGUMENTS, TokenRow, chat_faults, chat_tokens
+from swaft.training.data.chats import TEMPLATE_ARGUMENTS, TokenRow, chat_faults, chat_tokens, refuse_messages
 from swaft.training.data.files import map_rows
 from swaft.training.data.seq2seq import Seq2SeqModelConfig, Seq2SeqTrainConfig, log_lengths
 from swaft.training.data.texts import (
@@ -368,6 +368,7 @@ def _class_names_as_text(split: Dataset, column: str) -> Dataset:
 
 def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
     for column in filter(None, (columns.prompt, columns.answer)):
+        yield from refuse_messages(split, column)
         yield from text_faults(split, column)
     if columns.messages is not None:
         yield from chat_faults(split, columns.messages)

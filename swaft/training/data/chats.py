@@ -59,11 +59,9 @@ def chat_faults(split: Dataset, column: str) -> Iterator[BadRow]:
         if isinstance(chat, str):
             kept = "a list of messages (json lines and parquet keep lists, csv does not)"
             yield row, ColumnFault(f"has the text {chat!r:.80} {there}; expected {kept}")
-        elif not all(map(_is_message, messages)):
-            yield (
-                row,
-                f"has {chat!r:.80} {there}; expected messages with a role and a content (or tool_calls)",
-            )
+        elif odd := [message for message in messages if not _is_message(message)]:
+            expected = f"expected messages with a role and a content (or tool_calls){_mend(odd[0])}"
+            yield row, f"has {chat!r:.80} {there}; {expected}"
         elif not any(map(is_learnt, messages[1:])):
             yield row, f"has no message of the assistant after another {there}; expected one to learn"
     if TEMPLATE_ARGUMENTS in split.column_names:
@@ -78,6 +76,27 @@ def _is_message(found: Any) -> bool:
         return False
     content = found.get("content")
     return isinstance(content, str) or (content is None and bool(found.get("tool_calls")))
+
+
+def _mend(found: Any) -> str:
+    """Say how a message of a known other form is written in this one."""
+    if not isinstance(found, Mapping):
+        return ""
+    if "value" in found and "from" in found:
+        return ": write ShareGPT's 'from' as role ('human' as user, 'gpt' as assistant) and its 'value' as content"
+    if isinstance(found.get("content"), list):
+        return ": write the parts of a content as one text"
+    return ""
+
+
+def refuse_messages(split: Dataset, column: str) -> Iterator[BadRow]:
+    """Yield a `ColumnFault` if a column for texts has messages, as TRL's prompts and completions may have."""
+    row, found = next((each for each in enumerate(values(split, column)) if each[1]), (0, None))
+    if isinstance(found, list) and isinstance(found[0], Mapping) and "role" in found[0]:
+        mend = (
+            "chats are read from one column: put all their messages there, and set data.messages_column to it"
+        )
+        yield row, ColumnFault(f"has {found!r:.80} in column '{column}'; expected text; {mend}")
 
 
 def chat_tokens(

@@ -172,6 +172,17 @@ def test_a_class_that_is_withheld_is_a_row_without_an_answer():
         ),
         ([{"messages": CHAT}], {"prompt_prefix": "a"}, "data.prompt_prefix and .* the rows are chats"),
         ([{"messages": [{"role": "user"}]}], {}, "expected messages with a role"),
+        (
+            [{"prompt": CHAT[:1], "completion": CHAT[1:]}],
+            {},
+            "chats are read from one column: put all",
+        ),
+        ([{"conversations": [{"from": "human", "value": "a"}]}], {}, "'human' as user, 'gpt' as assistant"),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}],
+            {},
+            "write the parts of a content as one text",
+        ),
     ],
 )
 def test_rows_that_nothing_can_be_learnt_from_are_refused(rows, settings, message):
