@@ -112,12 +112,15 @@ def test_a_step_is_the_mean_over_its_rows_however_they_are_cut(tmp_path, family)
             learning_rate=1.0,
             eval_strategy="no",
             train_sampling_strategy="sequential",
+            logging_steps=1,
         )
         set_seed(0)
         run.model = run.model_wrapped = FAMILIES[family]()
         run.train_dataset = Dataset.from_dict(row)
         start = {name: value.clone() for name, value in run.model.named_parameters()}
         run.train()
+        first = run.state.log_history[0]
+        assert first["loss"] == pytest.approx(first["task_loss"], rel=1e-5)
         after.append({name: value - start[name] for name, value in run.model.named_parameters()})
     moved = sum(value.square().sum() for value in after[0].values()).sqrt()
     apart = sum((after[0][name] - after[1][name]).square().sum() for name in after[0]).sqrt()

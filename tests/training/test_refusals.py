@@ -42,6 +42,7 @@ from swaft.training.models.checks import (
     require_form,
     require_text,
     require_token_types,
+    require_unquantised,
 )
 from swaft.training.models.encoder_decoder import check_new_model, require_generation_start
 from swaft.training.models.pretrained import FORMS, UNLIMITED, longest_input, longest_text
@@ -213,6 +214,15 @@ def test_several_ranks_leave_out_no_layers_and_one_does(caplog):
         keep_all_layers(config, 2)
     assert (config.encoder_layerdrop, config.decoder_layerdrop) == (0.0, 0.0)
     assert "encoder_layerdrop=0.05 is set to 0: ranks would drop different layers" in caplog.messages
+
+
+def test_quantised_weights_are_trained_only_through_adapters():
+    quantised = BertConfig(quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ConfigError, match=r"is quantised \(bitsandbytes\).* set model.use_peft=true"):
+        require_unquantised(PRETRAINED, quantised)
+    require_unquantised(ModelConfig(model_name_or_path="some/model", use_peft=True), quantised)
+    restored = {"quant_method": "mxfp4", "dequantize": True}
+    require_unquantised(PRETRAINED, BertConfig(quantization_config=restored))
 
 
 @pytest.mark.parametrize("kind", ["lxmert", "layoutlmv2", "fsmt", "prophetnet", "tapas"])

@@ -46,7 +46,7 @@ def check_model(ready: Prepared, config: RecipeConfig, problems: Problems) -> No
     with problems:
         if ready.tokenizer is not None:
             follow_tokenizer(ready.model_config, ready.tokenizer)
-    for require in (require_weights, require_text):
+    for require in (require_weights, require_unquantised, require_text):
         with problems:
             require(config.model, ready.model_config)
     with problems:
@@ -75,6 +75,20 @@ def require_weights(model: AnyModelConfig, model_config: object) -> None:
         raise ConfigError(
             f"model.model_name_or_path: {model.model_name_or_path} has a configuration but no weights; expected "
             f"{' or '.join((named,) if named else (SAFE_WEIGHTS_NAME, WEIGHTS_NAME))} in that folder"
+        )
+
+
+def require_unquantised(model: AnyModelConfig, model_config: Any) -> None:
+    """Refuse quantised weights, which have no gradients, unless adapters are trained on them.
+
+    Raises:
+        ConfigError: names the quantisation.
+    """
+    found = getattr(model_config, "quantization_config", None)  # a checkpoint's own, as in its config.json
+    if found and not found.get("dequantize") and not model.use_peft:
+        raise ConfigError(
+            f"{model.setting}: {model.model_name_or_path} is quantised ({found.get('quant_method')}), and such "
+            "weights cannot be trained; set model.use_peft=true, or name the model before quantisation"
         )
 
 

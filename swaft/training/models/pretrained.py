@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.hub import cached_files
 from transformers.utils.import_utils import is_sentencepiece_available
 
 from swaft.errors import ConfigError
@@ -46,6 +50,7 @@ FORMS = {
     "causal language modelling": Form(AutoModelForCausalLM, "CAUSAL_LM"),
 }
 """Forms by task."""
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 UNLIMITED = 1_000_000_000
 """Tokens that a model without absolute positions can read: as many as memory allows."""
 GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2"})
@@ -127,6 +132,31 @@ def load_tokenizer(model: AnyModelConfig) -> Any:
             "use a model and a tokenizer for plain text, not for pages or tables"
         ) from error
     return tokenizer
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What prepares a model's inputs: its tokenizer, and a multimodal model's settings for images and sound."""
+
+    tokenizer: Any
+    others: Sequence[str]
+    """Files of the pretrained model, from `processor_files`."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the tokenizer and copies of the other files."""
+        self.tokenizer.save_pretrained(folder)
+        for path in self.others:
+            shutil.copy(path, folder)
+
+
+def processor_files(model: AnyModelConfig, model_config: Any) -> list[str]:
+    """Return the files without which a multimodal model, though trained on texts alone, cannot be served."""
+    multimodal = any(hasattr(model_config, f"{kind}_config") for kind in ("vision", "audio"))
+    if model.described is not None or not multimodal:
+        return []
+    with naming_settings(model):
+        path, names = model_path(model), [*PROCESSOR_FILES]
+        return cached_files(path, names, _raise_exceptions_for_missing_entries=False) or []
 
 
 def longest_text(model_config: Any, tokenizer: Any) -> int:
