@@ -407,13 +407,15 @@ def _tokens(
     learnt = encode(tokenizer, answers, add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
     start, ends = _added_to_texts(tokenizer)
-    for before, answer in zip(given, learnt, strict=True):
+    spells = not tokenizer.split_special_tokens
+    alone = encode(tokenizer, texts, add_special_tokens=False)["input_ids"] if spells else given
+    for before, prompt, answer in zip(given, alone, learnt, strict=True):
         before = before[:-1] if ends else before
         after = [*answer] if end is None else [*answer, end]
-        if not tokenizer.split_special_tokens:  # a text may spell them itself
-            spelt = [*before, *answer][start : 2 * start] == before[:start]
-            before = before[start:] if spelt else before
-            after = after[:-1] if answer[-1:] == [end] else after
+        if spells and [*prompt, *answer][:start] == before[:start]:
+            before = before[start:]
+        if spells and answer[-1:] == [end]:
+            after = answer
         length = len(before) + len(after)
         # The answer may take half of a row, or more if the prompt leaves room; a prompt keeps its end.
         after = after[: max(data.max_length // 2, data.max_length - len(before))]
