@@ -40,6 +40,7 @@ from swaft.training.models.checks import (
     require_decoder_start,
     require_embeddings,
     require_form,
+    require_separate_rows,
     require_text,
     require_token_types,
     require_unquantised,
@@ -223,6 +224,28 @@ def test_quantised_weights_are_trained_only_through_adapters():
     require_unquantised(ModelConfig(model_name_or_path="some/model", use_peft=True), quantised)
     restored = {"quant_method": "mxfp4", "dequantize": True}
     require_unquantised(PRETRAINED, BertConfig(quantization_config=restored))
+
+
+def test_rows_are_packed_only_where_it_is_known_that_they_do_not_see_each_other():
+    def refused(kind: str, *, size: int = 8, packing: bool = True, **entries: Any) -> str:
+        config = SimpleNamespace(
+            data=SimpleNamespace(packing=packing),
+            model=ModelConfig(model_name_or_path="some/model", trust_remote_code=True),
+            train=SimpleNamespace(per_device_train_batch_size=size),
+        )
+        try:
+            require_separate_rows(config, AutoConfig.for_model(kind, **entries))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    flash: dict[str, Any] = {"attn_implementation": "flash_attention_2"}
+    assert "packed rows of rwkv may see each other" in refused("rwkv")
+    assert "its code is its own" in refused("llama", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    assert "train.per_device_train_batch_size is 8; set it to 1" in refused("llama", **flash)
+    assert not refused("llama")
+    assert not refused("llama", size=1, **flash)
+    assert not refused("rwkv", packing=False)
 
 
 @pytest.mark.parametrize("kind", ["lxmert", "layoutlmv2", "fsmt", "prophetnet", "tapas"])

@@ -92,6 +92,33 @@ def require_unquantised(model: AnyModelConfig, model_config: Any) -> None:
         )
 
 
+def require_separate_rows(config: Any, model_config: Any) -> None:
+    """Refuse to pack rows if they would see each other, or if `require_order` cannot measure whether they do.
+
+    Args:
+        config: configuration of a recipe with ``data.packing``.
+        model_config: the model's transformers configuration.
+
+    Raises:
+        ConfigError: names the model's type, or the setting that separates the rows.
+    """
+    if not config.data.packing:
+        return
+    kind, own_code = model_config.model_type, getattr(model_config, "auto_map", None)
+    if kind == "rwkv" or (own_code and config.model.trust_remote_code):
+        reason = "it is recurrent" if kind == "rwkv" else "its code is its own, and is not tested"
+        raise ConfigError(
+            f"data.packing: packed rows of {kind} may see each other ({reason}); set it to false"
+        )
+    size = config.train.per_device_train_batch_size
+    if "flash" in str(model_config._attn_implementation) and size > 1:
+        raise ConfigError(
+            f"data.packing: with {model_config._attn_implementation} transformers keeps packed rows apart only in "
+            f"batches of 1, and train.per_device_train_batch_size is {size}; set it to 1, with a longer "
+            "data.max_length or more train.gradient_accumulation_steps"
+        )
+
+
 def require_text(model: AnyModelConfig, model_config: Any) -> None:
     """Refuse a model that cannot be trained on rows of text alone.
 
