@@ -19,6 +19,7 @@ from swaft.noise.checks import (
     current_rank,
     generates,
     predicts_tokens,
+    unwrap,
 )
 from swaft.noise.embedding import Disturbance, EmbeddingSite, find_site
 from swaft.noise.generator import Noise, add_noise
@@ -257,7 +258,7 @@ class TwoPasses(Resumable):
             check_model(model, name)
         inputs = prepare_inputs(model, batch)
         settings, site, head = self._fitted(model)
-        if model.training:
+        if unwrap(model).training:  # a wrapper has a flag of its own
             self._check_masks(model, settings)
         elif settings.sigma == 0 and torch.is_grad_enabled():
             raise NoiseError(

@@ -74,9 +74,17 @@ def test_two_equal_passes_give_exactly_zero_divergence_and_the_plain_gradients(b
 
 
 def test_passes_that_only_dropout_makes_differ_are_refused_in_evaluation_mode():
+    from peft import LoraConfig, get_peft_model
+
     model, batch = bert().eval(), classification_batch()
-    with pytest.raises(NoiseError, match=r"evaluation mode, as from_pretrained returns it.*model\.train\(\)"):
-        RDrop()(model, batch)
+    adapted = get_peft_model(
+        bert().eval(), LoraConfig(target_modules=["query"])
+    )  # whose own flag says training
+    for each in (model, adapted):
+        with pytest.raises(
+            NoiseError, match=r"evaluation mode, as from_pretrained returns it.*model\.train\(\)"
+        ):
+            RDrop()(each, batch)
     with torch.no_grad():
         assert RDrop()(model, batch).divergence == 0
 

@@ -133,7 +133,7 @@ def test_a_folder_without_a_tokenizer_is_refused_rather_than_read_as_unknown_wor
         load_tokenizer(model)
 
 
-def test_a_multimodal_model_keeps_the_settings_that_prepare_its_images(tmp_path):
+def test_a_multimodal_model_keeps_the_settings_that_prepare_its_images(tmp_path, caplog):
     base, trained = tmp_path / "base", tmp_path / "trained"
     base.mkdir()
     trained.mkdir()
@@ -146,6 +146,10 @@ def test_a_multimodal_model_keeps_the_settings_that_prepare_its_images(tmp_path)
     assert {path.name for path in trained.iterdir()} == {"preprocessor_config.json", "tokenizer.json"}
     assert (trained / "preprocessor_config.json").read_text() == '{"size": 896}'
     assert processor_files(named, BertConfig()) == []
+    assert not caplog.messages
+    (base / "preprocessor_config.json").unlink()
+    assert processor_files(named, Gemma3Config()) == []
+    assert "its settings for images and sound (processor_config.json, " in caplog.text
 
 
 def test_a_tokenizer_of_pages_is_refused(tmp_path):

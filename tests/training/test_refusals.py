@@ -43,7 +43,6 @@ from swaft.training.models.checks import (
     require_separate_rows,
     require_text,
     require_token_types,
-    require_unquantised,
 )
 from swaft.training.models.encoder_decoder import check_new_model, require_generation_start
 from swaft.training.models.pretrained import FORMS, UNLIMITED, longest_input, longest_text
@@ -217,19 +216,11 @@ def test_several_ranks_leave_out_no_layers_and_one_does(caplog):
     assert "encoder_layerdrop=0.05 is set to 0: ranks would drop different layers" in caplog.messages
 
 
-def test_quantised_weights_are_trained_only_through_adapters():
-    quantised = BertConfig(quantization_config={"quant_method": "bitsandbytes"})
-    with pytest.raises(ConfigError, match=r"is quantised \(bitsandbytes\).* set model.use_peft=true"):
-        require_unquantised(PRETRAINED, quantised)
-    require_unquantised(ModelConfig(model_name_or_path="some/model", use_peft=True), quantised)
-    restored = {"quant_method": "mxfp4", "dequantize": True}
-    require_unquantised(PRETRAINED, BertConfig(quantization_config=restored))
-
-
 def test_rows_are_packed_only_where_it_is_known_that_they_do_not_see_each_other():
-    def refused(kind: str, *, size: int = 8, packing: bool = True, **entries: Any) -> str:
+    def refused(kind: str, *, size: int = 8, packing: bool = True, passes: Any = None, **entries: Any) -> str:
         config = SimpleNamespace(
             data=SimpleNamespace(packing=packing),
+            noise=SimpleNamespace(passes=passes),
             model=ModelConfig(model_name_or_path="some/model", trust_remote_code=True),
             train=SimpleNamespace(per_device_train_batch_size=size),
         )
@@ -242,7 +233,8 @@ def test_rows_are_packed_only_where_it_is_known_that_they_do_not_see_each_other(
     flash: dict[str, Any] = {"attn_implementation": "flash_attention_2"}
     assert "packed rows of rwkv may see each other" in refused("rwkv")
     assert "its code is its own" in refused("llama", auto_map={"AutoModelForCausalLM": "modeling.Model"})
-    assert "train.per_device_train_batch_size is 8; set it to 1" in refused("llama", **flash)
+    assert "set train.per_device_train_batch_size=1" in refused("llama", **flash)
+    assert "noise.passes=two" in refused("llama", size=1, passes="doubled", **flash)
     assert not refused("llama")
     assert not refused("llama", size=1, **flash)
     assert not refused("rwkv", packing=False)

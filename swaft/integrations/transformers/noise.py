@@ -30,7 +30,7 @@ OWN_LOSSES = ("SFTTrainer",)
 REPLACED = ("compute_loss", "get_batch_samples", "log")
 """Methods of a Trainer that a noise objective replaces while it trains."""
 LOGGED = ("task_loss", "divergence", "noise_to_signal")
-"""Numbers added to each line of the log if the objective measures them, as means over its micro-batches."""
+"""Numbers added to each line of the log if the objective measures them."""
 TRAIN_NOISE: WeakSet[Trainer] = WeakSet()
 """The Trainers in which a noise objective currently does so."""
 
@@ -132,7 +132,7 @@ class NoiseCallback(TrainerCallback):
             items = sum(self._rows(batch) for batch in batches)
             total = self._trainer.accelerator.reduce(torch.as_tensor(items, device=device))
             self._counted = total.clamp(min=1)  # nothing to learn from a step in which nothing counts
-            self._steps += 1
+            self._steps += bool(batches)  # without rows, an iterable dataset has come to its end
             return batches, num_items
 
         return counted

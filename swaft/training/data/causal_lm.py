@@ -31,6 +31,7 @@ from swaft.training.data.texts import (
     read_as_text,
     refuse_split_settings,
     require_column,
+    special_tokens,
     spelled_tokens,
     text_faults,
     usual_columns,
@@ -391,46 +392,39 @@ def _tokens(
     """Yield the token ids of each row."""
     if columns.messages is not None:
         # Telling them apart takes a hundred times as long, so it is done only if a message spells one.
-        special = spelled_tokens(tokenizer)
+        spelled, special = spelled_tokens(tokenizer), {*special_tokens(tokenizer).values()}
         chats = rows[columns.messages]
         for chat, arguments in zip(chats, rows.get(TEMPLATE_ARGUMENTS, [None] * len(chats)), strict=True):
-            spelt = data.split_special_tokens and special.search(str((chat, arguments))) is not None
+            spelt = data.split_special_tokens and spelled.search(str((chat, arguments))) is not None
             try:
-                yield chat_tokens(chat, tokenizer, arguments or {}, plain=spelt)
+                yield chat_tokens(chat, tokenizer, arguments or {}, special, plain=spelt)
             except DataError as error:  # a column of Arrow cannot begin with a thousand empty lists
                 yield TokenRow([0], [IGNORED], 1, fault=str(error))
         return
     answers = rows[columns.answer]  # type: ignore[index]
     prompts = rows[columns.prompt] if columns.prompt is not None else [""] * len(answers)
     texts = [f"{data.prompt_prefix}{prompt}{data.prompt_suffix}" for prompt in prompts]
-    given = encode(tokenizer, texts)["input_ids"]
+    given = encode(tokenizer, texts, add_special_tokens=False)["input_ids"]
     learnt = encode(tokenizer, answers, add_special_tokens=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    start, ends = _added_to_texts(tokenizer)
+    front, end = _tokens_in_front(tokenizer), tokenizer.eos_token_id
+    end = [] if end is None else [end]
     spells = not tokenizer.split_special_tokens
-    alone = encode(tokenizer, texts, add_special_tokens=False)["input_ids"] if spells else given
-    for before, prompt, answer in zip(given, alone, learnt, strict=True):
-        before = before[:-1] if ends else before
-        after = [*answer] if end is None else [*answer, end]
-        if spells and [*prompt, *answer][:start] == before[:start]:
-            before = before[start:]
-        if spells and answer[-1:] == [end]:
-            after = answer
+    for prompt, answer in zip(given, learnt, strict=True):
+        starts = spells and [*prompt, *answer][: len(front)] == front
+        before = prompt if starts else [*front, *prompt]
+        after = answer if spells and answer[-1:] == end else [*answer, *end]
         length = len(before) + len(after)
         # The answer may take half of a row, or more if the prompt leaves room; a prompt keeps its end.
         after = after[: max(data.max_length // 2, data.max_length - len(before))]
         more = max(0, len(before) + len(after) - data.max_length)
-        before = before[:start] + before[start + more :]
+        before = before[: len(front)] + before[len(front) + more :]
         ids = [*before, *after]
         labels = [IGNORED] * len(before) + after
         yield TokenRow(ids, [IGNORED, *labels[1:]], length)
 
 
-def _added_to_texts(tokenizer: Any) -> tuple[int, bool]:
-    """Return how many tokens the tokenizer puts before a text, and whether it puts the end token after it.
-
-    OPT's first token is its end token, so a row that has only this token does not show which it is.
-    """
+def _tokens_in_front(tokenizer: Any) -> list[int]:
+    """Return the special tokens with which the tokenizer starts every text."""
     whole, bare = (tokenizer("a", add_special_tokens=each)["input_ids"] for each in (True, False))
-    start = next((place for place in range(len(whole)) if whole[place : place + len(bare)] == bare), 0)
-    return start, whole[start + len(bare) :][-1:] == [tokenizer.eos_token_id]
+    places = range(len(whole))
+    return whole[: next((place for place in places if whole[place : place + len(bare)] == bare), 0)]

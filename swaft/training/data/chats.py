@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import takewhile
 from operator import eq
 from typing import Any, NamedTuple
@@ -11,12 +11,18 @@ from datasets import Dataset, Json
 from jinja2 import TemplateError
 
 from swaft.errors import DataError
-from swaft.training.data.texts import IGNORED, BadRow, ColumnFault, special_tokens, values
+from swaft.training.data.texts import IGNORED, BadRow, ColumnFault, values
 
 SILENT = {"role": "assistant", "content": ""}
 """An answer that only calls tools, without its calls."""
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
 """Column with arguments of the chat template for a row, as TRL names it: `{"enable_thinking": false}`."""
+
+
+OF_THE_TOKENIZER = frozenset(
+    ("tokenize", "padding", "truncation", "max_length", "return_tensors", "tokenizer_kwargs")
+)
+"""Arguments of `apply_chat_template` that would change what it returns."""
 
 
 class TokenRow(NamedTuple):
@@ -66,8 +72,8 @@ def chat_faults(split: Dataset, column: str) -> Iterator[BadRow]:
             yield row, f"has no message of the assistant after another {there}; expected one to learn"
     if TEMPLATE_ARGUMENTS in split.column_names:
         for row, found in enumerate(values(split, TEMPLATE_ARGUMENTS)):
-            if not isinstance(found, Mapping | None):
-                expected = "expected an object with arguments of the chat template"
+            if not isinstance(found, Mapping | None) or OF_THE_TOKENIZER & without_nulls(found or {}).keys():
+                expected = "expected an object with arguments of the chat template, not of the tokenizer"
                 yield row, f"has {found!r:.80} in column '{TEMPLATE_ARGUMENTS}'; {expected}"
 
 
@@ -100,7 +106,12 @@ def refuse_messages(split: Dataset, column: str) -> Iterator[BadRow]:
 
 
 def chat_tokens(
-    chat: Sequence[Mapping[str, Any]], tokenizer: Any, arguments: Mapping[str, Any], *, plain: bool
+    chat: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    arguments: Mapping[str, Any],
+    special: Collection[int],
+    *,
+    plain: bool,
 ) -> TokenRow:
     """Turn a chat into token ids, up to its last answer.
 
@@ -112,6 +123,7 @@ def chat_tokens(
         chat: messages with a role, and an answer to learn after the first.
         tokenizer: the model's, with a chat template.
         arguments: of the chat template, for this row.
+        special: ids of the tokenizer's special tokens.
         plain: whether a special token spelled in a message or an argument is text; those of the template never are.
 
     Raises:
@@ -152,7 +164,7 @@ def chat_tokens(
                 "prompts and answers"
             )
         changed += agreed < len(asked)
-    return TokenRow(ids, [IGNORED, *labels[1:]], len(ids), _end(labels, tokenizer), changed)
+    return TokenRow(ids, [IGNORED, *labels[1:]], len(ids), _end(labels, tokenizer, special), changed)
 
 
 def without_nulls(found: Any) -> Any:
@@ -167,11 +179,10 @@ def _agreement(some: Sequence[int], others: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(bool, map(eq, some, others)))
 
 
-def _end(labels: Sequence[int], tokenizer: Any) -> int:
+def _end(labels: Sequence[int], tokenizer: Any, special: Collection[int]) -> int:
     """Return the special token at the end of the labels, where only white space may follow it, or `IGNORED`."""
-    special = {*special_tokens(tokenizer).values()} - {tokenizer.unk_token_id}
     for token in reversed(labels):
-        if token in special or token == IGNORED:
+        if token == IGNORED or (token in special and token != tokenizer.unk_token_id):
             return token
         if tokenizer.decode([token]).strip():
             break

@@ -46,7 +46,7 @@ def check_model(ready: Prepared, config: RecipeConfig, problems: Problems) -> No
     with problems:
         if ready.tokenizer is not None:
             follow_tokenizer(ready.model_config, ready.tokenizer)
-    for require in (require_weights, require_unquantised, require_text):
+    for require in (require_weights, require_text):
         with problems:
             require(config.model, ready.model_config)
     with problems:
@@ -78,20 +78,6 @@ def require_weights(model: AnyModelConfig, model_config: object) -> None:
         )
 
 
-def require_unquantised(model: AnyModelConfig, model_config: Any) -> None:
-    """Refuse quantised weights, which have no gradients, unless adapters are trained on them.
-
-    Raises:
-        ConfigError: names the quantisation.
-    """
-    found = getattr(model_config, "quantization_config", None)  # a checkpoint's own, as in its config.json
-    if found and not found.get("dequantize") and not model.use_peft:
-        raise ConfigError(
-            f"{model.setting}: {model.model_name_or_path} is quantised ({found.get('quant_method')}), and such "
-            "weights cannot be trained; set model.use_peft=true, or name the model before quantisation"
-        )
-
-
 def require_separate_rows(config: Any, model_config: Any) -> None:
     """Refuse to pack rows if they would see each other, or if `require_order` cannot measure whether they do.
 
@@ -110,12 +96,12 @@ def require_separate_rows(config: Any, model_config: Any) -> None:
         raise ConfigError(
             f"data.packing: packed rows of {kind} may see each other ({reason}); set it to false"
         )
-    size = config.train.per_device_train_batch_size
-    if "flash" in str(model_config._attn_implementation) and size > 1:
+    flash, size = str(model_config._attn_implementation), config.train.per_device_train_batch_size
+    if "flash" in flash and (size > 1 or config.noise.passes == "doubled"):
         raise ConfigError(
-            f"data.packing: with {model_config._attn_implementation} transformers keeps packed rows apart only in "
-            f"batches of 1, and train.per_device_train_batch_size is {size}; set it to 1, with a longer "
-            "data.max_length or more train.gradient_accumulation_steps"
+            f"data.packing: with {flash} transformers keeps packed rows apart only if the model gets them one at a "
+            "time; set train.per_device_train_batch_size=1 (with a longer data.max_length, or more "
+            "train.gradient_accumulation_steps) and noise.passes=two"
         )
 
 

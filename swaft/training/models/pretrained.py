@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ from swaft.training.config import AdapterConfig, AnyModelConfig, RecipeConfig
 from swaft.training.config.values import not_allowed, split_names
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING
 
+logger = logging.getLogger(__name__)
+
 
 class Form(NamedTuple):
     """The kind of model for a task of the recipes."""
@@ -50,7 +53,7 @@ FORMS = {
     "causal language modelling": Form(AutoModelForCausalLM, "CAUSAL_LM"),
 }
 """Forms by task."""
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+PROCESSOR_FILES = ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"]
 UNLIMITED = 1_000_000_000
 """Tokens that a model without absolute positions can read: as many as memory allows."""
 GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2"})
@@ -154,9 +157,16 @@ def processor_files(model: AnyModelConfig, model_config: Any) -> list[str]:
     multimodal = any(hasattr(model_config, f"{kind}_config") for kind in ("vision", "audio"))
     if model.described is not None or not multimodal:
         return []
-    with naming_settings(model):
-        path, names = model_path(model), [*PROCESSOR_FILES]
-        return cached_files(path, names, _raise_exceptions_for_missing_entries=False) or []
+    with suppress(OSError):  # of the hub, or of a folder that cannot be written
+        if found := cached_files(
+            model_path(model), PROCESSOR_FILES, _raise_exceptions_for_missing_entries=False
+        ):
+            return found
+    logger.warning(
+        "%s: its settings for images and sound (%s) were not found; copy them into the saved folders to serve them",
+        *(model.model_name_or_path, ", ".join(PROCESSOR_FILES)),
+    )
+    return []
 
 
 def longest_text(model_config: Any, tokenizer: Any) -> int:
@@ -269,8 +279,10 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
     saved in the adapter's folder. The model has to be whole, and torch seeded alike on every rank.
 
     Raises:
-        ConfigError: peft is not installed, or finds none of the layers.
+        ConfigError: peft is not installed, or finds none of the layers; or the weights are quantised in a way that
+            has no gradients.
     """
+    _refuse_quantised(model, adapted=settings.use_peft)
     if not settings.use_peft:
         return model
     try:
@@ -297,6 +309,18 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
             f"model.lora_target_modules: {names or 'null'} fits no layer of {type(model).__name__}; expected "
             f"all-linear, or some of {', '.join(sorted(linear))} ({_reason(error)[:200]})"
         ) from error
+
+
+def _refuse_quantised(model: Any, *, adapted: bool) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)  # None also if transformers has restored the weights
+    if quantizer is None or getattr(quantizer, "is_trainable" if adapted else "is_qat_trainable", False):
+        return
+    raise ConfigError(
+        "model.model_name_or_path: its weights are quantised "
+        f"({quantizer.quantization_config.quant_method}), which "
+        f"have no gradients{'' if adapted else ' but through adapters (model.use_peft=true)'}; name a model with "
+        'other weights, or try "dequantize": true in the quantization_config of its config.json'
+    )
 
 
 def new_heads(model: Any) -> list[str]:

@@ -225,7 +225,8 @@ class Run:
         self.averager, self.target = averager, ready.target
         self.meter, self._validates = Meter(accelerator), "validation" in splits
         self.engine = averager.engine if averager else attach_engine(self.model, self.optimizer)
-        others = processor_files(config.model, getattr(self.engine.module, "config", None))
+        described = getattr(self.engine.module, "config", None)
+        others = processor_files(config.model, described) if accelerator.is_main_process else ()
         self._tokenizer = Preprocessing(tokenizer, others)
         if watches_weights(config.eval):
             self.best = BestWeights(

@@ -244,11 +244,12 @@ def test_the_template_gets_the_arguments_that_a_row_has_for_it():
     for plain, ends in ((True, 2), (False, 3)):
         [row] = tokenized(rows.select([2]), reader, columns, CausalDataConfig(split_special_tokens=plain))
         assert row["input_ids"].count(reader.eos_token_id) == ends
-    written = Dataset.from_dict({"messages": [CHAT], "chat_template_kwargs": ["none"]})
-    with pytest.raises(
-        DataError, match="row 1 of train has 'none' in column 'chat_template_kwargs'; expected an"
-    ):
-        find_columns({"train": written}, CausalDataConfig())
+    for wrong in ("none", {"tokenize": False}):
+        written = Dataset.from_dict({"messages": [CHAT], "chat_template_kwargs": [wrong]})
+        with pytest.raises(
+            DataError, match=r"row 1 of train has .* in column 'chat_template_kwargs'; expected an object"
+        ):
+            find_columns({"train": written}, CausalDataConfig())
 
 
 def test_a_call_of_a_tool_is_learnt_without_the_arguments_of_other_tools():

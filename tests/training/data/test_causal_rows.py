@@ -104,8 +104,8 @@ def test_the_start_and_the_end_that_a_text_spells_are_not_repeated(added):
         assert words(made["input_ids"]) == expected
         assert made["labels"][0] == -100
         assert made["labels"][-1] == WORDS.index("</s>")
-    around = rows_of(starting("<bos> $A <bos>"), {"text": "a"}, split_special_tokens=False)  # none is spelled
-    assert words(around[0]["input_ids"]) == "<bos> <bos> a </s>"
+    [around] = rows_of(starting("<bos> $A <bos>"), {"text": "a"}, split_special_tokens=False)
+    assert words(around["input_ids"]) == "<bos> a </s>"  # what is put behind a text belongs to no prompt
 
 
 @pytest.mark.parametrize("split", [True, False])
