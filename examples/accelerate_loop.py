@@ -34,6 +34,7 @@ def main(folder: Path) -> None:
     averager = swaft.WeightAverager(model, optimizer, rule=swaft.EMA(half_life=0.1), total_steps=STEPS)
     swaft.register_averager(accelerator, averager)  # save_state and load_state now carry the averages
 
+    model.train()  # from_pretrained returns a model in evaluation mode
     while averager.applied_steps < STEPS:
         for batch in loader:
             with accelerator.accumulate(model):

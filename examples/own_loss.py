@@ -36,6 +36,7 @@ def main(folder: Path) -> None:
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows(), batch_size=8))
     accelerator.register_for_checkpointing(objective)  # carries the step that its noise depends on
 
+    model.train()  # from_pretrained returns a model in evaluation mode
     for _ in range(EPOCHS):
         batches = iter(loader)
         while step := list(islice(batches, ACCUMULATION)):

@@ -39,7 +39,7 @@ from swaft.training.evaluation.generation import write_answers
 from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
 from swaft.training.models.build import build_objective, build_optimizer, build_schedule
-from swaft.training.models.checks import check_model, require_embedded
+from swaft.training.models.checks import check_model, require_embedded, require_separate_rows
 from swaft.training.models.encoder_decoder import (
     check_new_model,
     decoder_config,
@@ -96,6 +96,8 @@ def prepare(config: CausalConfig, problems: Problems) -> PreparedTexts:
             require_length("data.max_length", config.data.max_length, most)
     with problems:
         check_new_model(config.model, ready.tokenizer)
+    with problems:
+        require_separate_rows(config, ready.model_config)
     with problems:
         ready.objective = build_objective(
             config.noise, seed=config.train.seed, label_smoothing=config.train.label_smoothing_factor

@@ -121,10 +121,8 @@ PHASES = (
     # At least something of every kind: the cheapest tasks, few seeds.
     Phase(AVERAGING, "main", CHOOSING[:1], DECIDING_SEEDS, "flatness"),
     Phase(COLLAPSED, "main", CHOOSING[:1], DECIDING_SEEDS, "probe"),
-    *_each((*RIVALS, "r4f-relative-1.0-decayed"), CHOOSING[:1]),
-    *_each(AVERAGING, GENERAL[1:2]),
-    *_each(RIVALS, CHOOSING[1:2]),
-    *_each(AVERAGING, GENERAL[2:]),
+    *_each((*RIVALS, "r4f-relative-1.0-decayed"), CHOOSING[:2]),
+    *_each(AVERAGING, GENERAL[1:]),
     Phase(AVERAGING, "main", CHOOSING[1:3], DECIDING_SEEDS, "flatness"),
     *_each(OBJECTIVES, CHOOSING),
     *_each(LONGER, CONFIRMING),

@@ -394,7 +394,7 @@ class WeightAverager:
                 raise AveragingError(
                     f"the weights after step {first} were to be the first member of {name!r}, but the averager was "
                     f"attached after that step; attach it before step {first} of the run, load the averages that "
-                    "were saved then (averager.load_state), or choose a later averaging.start"
+                    "were saved then (averager.load_state), or choose a later start"
                 )
         self.engine.prove_member(step, is_first=not any(self._counts.values()))
         self._averages.submit(self.engine.masters(), step=step, rules=taking)
@@ -421,7 +421,7 @@ class WeightAverager:
         if lanes.count == 0:
             raise AveragingError(
                 f"nothing is averaged yet at step {self.applied_steps}; the first member is the weights after step "
-                f"{lanes.plan.first_step}: wait until then, or lower averaging.start"
+                f"{lanes.plan.first_step}: wait until then, or start earlier (the rule's start)"
             )
         return lanes
 

@@ -123,14 +123,15 @@ class AverageState:
         if found != wanted:
             found, wanted = (", ".join(f"{k}: {v}" for k, v in rules.items()) for rules in (found, wanted))
             raise StateError(
-                f"{where} holds the rules {found}; this run averages by {wanted}. Set the averaging section as it "
-                "was, or begin a new run"
+                f"{where} holds the rules {found}; this run averages by {wanted}. Set them as they "
+                "were (recipes: section averaging), or begin a new run"
             )
         for field, setting, more in (
             (
                 "total_steps",
                 "the run's number of steps (train.max_steps, the Trainer's max_steps or epochs)",
-                " (rules other than Merge and Windows go on past it; if the run has, attach with first_step=0)",
+                " (rules other than Merge and Windows go on past it; if the run has, attach with first_step=0, "
+                "which the Trainer's callback cannot)",
             ),
             ("precision", "averaging.precision", ""),
         ):

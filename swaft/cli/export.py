@@ -115,5 +115,5 @@ def saved_averages(path: Path) -> Path:
         return path
     raise ConfigError(
         f"swaft export: {path} holds no averages; expected a state that averager.save_state wrote, a checkpoint "
-        "with averages of a run or of transformers' Trainer, or a run folder"
+        "with averages of a run or of transformers' Trainer, or a recipe's run folder"
     )

@@ -19,6 +19,7 @@ from swaft.noise.checks import (
     current_rank,
     generates,
     predicts_tokens,
+    unwrap,
 )
 from swaft.noise.embedding import Disturbance, EmbeddingSite, find_site
 from swaft.noise.generator import Noise, add_noise
@@ -245,19 +246,25 @@ class TwoPasses(Resumable):
         ranks must make this call.
 
         Args:
-            model: the model as returned by ``accelerator.prepare``, in train or eval mode.
+            model: the model as returned by ``accelerator.prepare``. A call with gradients is a step of training.
             batch: keyword arguments of its forward, including labels.
 
         Raises:
-            NoiseError: the noise does not reach the network, or the model does not fit the objective.
+            NoiseError: the noise does not reach the network, or the model does not fit the objective; or the passes
+                of a step would be equal, because only dropout makes them differ and the model is in eval mode.
         """
         name = type(self).__name__
         if model not in self._proved:  # the model may have changed since prepare_model
             check_model(model, name)
         inputs = prepare_inputs(model, batch)
         settings, site, head = self._fitted(model)
-        if model.training:
+        if unwrap(model).training:  # a wrapper has a flag of its own
             self._check_masks(model, settings)
+        elif settings.sigma == 0 and torch.is_grad_enabled():
+            raise NoiseError(
+                f"{name} without noise compares two passes that differ only in their dropout masks, and the model "
+                "is in evaluation mode, as from_pretrained returns it; expected training mode: call model.train()"
+            )
         noise = Disturbance(site, settings, name, self._draw, real_tokens(inputs.arguments))
         if model not in self._proved and prove(model, batch, noise, head=head):
             self._proved.add(model)
@@ -276,7 +283,7 @@ class TwoPasses(Resumable):
             logits=logits,
             measured=ONE_PASS + TWO_PASSES + (WITH_NOISE if embedded else ()),
         )
-        if model.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self.step += 1
             if self.weight > 0:
                 self._first_batches.add(out.task_loss, self.weight * out.divergence, settings, name)

@@ -252,4 +252,5 @@ def test_two_passes_that_stay_the_same_are_said_to_be(caplog):
 def test_a_divergence_whose_weight_is_zero_or_large_and_evaluation_are_passed_over(caplog):
     for weight in (0.0, 1e12):  # nothing to feel, and enough to be felt
         assert not warnings_of(R3F(weight=weight), bert(), caplog, batches=8)
-    assert not warnings_of(R3F(), bert().eval(), caplog, batches=8)
+    with torch.no_grad():
+        assert not warnings_of(R3F(), bert().eval(), caplog, batches=8)

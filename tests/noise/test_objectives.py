@@ -61,15 +61,32 @@ def norm_wise(computed, exact) -> float:
 
 @pytest.mark.parametrize(("build", "batch"), MODELS)
 def test_two_equal_passes_give_exactly_zero_divergence_and_the_plain_gradients(build, batch):
-    objective = R3F(masks="independent", sigma=0.0)
-    out, gradients = run(objective, build().eval(), batch())
+    model = build()
+    for module in model.modules():
+        module.training = module is model  # no dropout, though the model is in training mode
+    out, gradients = run(R3F(masks="independent", sigma=0.0), model, batch())
     _, plain_gradients = run(TaskLoss(), build().eval(), batch())
 
     assert out.divergence == 0
     assert out.loss == out.task_loss
     assert out.noise_to_signal == out.changed == 0
     torch.testing.assert_close(gradients, plain_gradients)
-    assert objective.step == 0
+
+
+def test_passes_that_only_dropout_makes_differ_are_refused_in_evaluation_mode():
+    from peft import LoraConfig, get_peft_model
+
+    model, batch = bert().eval(), classification_batch()
+    adapted = get_peft_model(
+        bert().eval(), LoraConfig(target_modules=["query"])
+    )  # whose own flag says training
+    for each in (model, adapted):
+        with pytest.raises(
+            NoiseError, match=r"evaluation mode, as from_pretrained returns it.*model\.train\(\)"
+        ):
+            RDrop()(each, batch)
+    with torch.no_grad():
+        assert RDrop()(model, batch).divergence == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -275,14 +292,15 @@ def test_a_relative_sigma_leaves_out_the_padding_of_choices():
 def test_noise_is_set_by_seed_rank_and_step_and_comes_back_when_a_run_resumes(monkeypatch):
     batch = classification_batch()
 
-    def divergences(objective, steps):
-        model = bert(dropout=0.0)
+    def divergences(objective, steps, *, train=True):
+        model = bert(dropout=0.0).train(train)
         return [float(objective(model, batch).divergence) for _ in range(steps)]
 
     run_of_four = divergences(R3F(sigma=0.1, seed=3), 4)
     resumed = R3F(sigma=0.1, seed=3)
     resumed.step = 2
     assert len(set(run_of_four)) == 4
+    assert divergences(R3F(sigma=0.1, seed=3), 4, train=False) == run_of_four
     assert divergences(resumed, 2) == run_of_four[2:]
     assert divergences(R3F(sigma=0.1, seed=4), 1) != run_of_four[:1]
     monkeypatch.setattr(objectives, "current_rank", lambda: 1)

@@ -28,6 +28,7 @@ CASES = [(bert, classification_batch, 4), (t5, generation_batch, 16), (gpt2, cau
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(("build", "batch", "counted"), CASES)
+@torch.no_grad()
 def test_an_output_says_how_many_rows_its_loss_is_the_mean_of(objective, build, batch, counted):
     model, batch = build(dropout=0.0).eval(), batch()
     num_items = objective(model, batch).num_items

@@ -109,9 +109,10 @@ def test_generation_settings_that_could_not_be_saved_are_mended_or_refused_befor
         assert (kept.do_sample, kept.temperature, kept.top_p) == (True, 0.9, 0.6)
 
 
-def test_an_encoder_is_no_decoder():
-    with pytest.raises(ConfigError, match="bert is not a decoder that continues a text"):
-        decoder_config(Seq2SeqModelConfig(config=SMALL | {"model_type": "bert"}))
+@pytest.mark.parametrize("entries", [{"model_type": "bert"}, {"model_type": "xlm", "causal": True}])
+def test_a_model_that_learns_no_next_token_is_no_decoder(entries):
+    with pytest.raises(ConfigError, match=f"{entries['model_type']} is not a decoder that continues a text"):
+        decoder_config(Seq2SeqModelConfig(config=entries))
 
 
 @pytest.mark.parametrize("pad", ["</s>", "<pad>"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LayoutLMv3Tokenizer
+from transformers import BertConfig, BertForSequenceClassification, Gemma3Config, LayoutLMv3Tokenizer
 from transformers.utils import is_sentencepiece_available
 
 from swaft.errors import ConfigError
@@ -14,10 +14,12 @@ from swaft.training.config import ModelConfig, TrainConfig
 from swaft.training.data.classification import ClassificationConfig, Task
 from swaft.training.models.classes import describe_labels
 from swaft.training.models.pretrained import (
+    Preprocessing,
     hidden_size,
     load_model_config,
     load_tokenizer,
     load_with_head,
+    processor_files,
 )
 
 pytestmark = pytest.mark.unit
@@ -129,6 +131,25 @@ def test_a_head_for_another_number_of_classes_is_replaced_only_when_asked(tmp_pa
 def test_a_folder_without_a_tokenizer_is_refused_rather_than_read_as_unknown_words(model):
     with pytest.raises(ConfigError, match=r"model.tokenizer_name: .*model has no vocabulary"):
         load_tokenizer(model)
+
+
+def test_a_multimodal_model_keeps_the_settings_that_prepare_its_images(tmp_path, caplog):
+    base, trained = tmp_path / "base", tmp_path / "trained"
+    base.mkdir()
+    trained.mkdir()
+    (base / "preprocessor_config.json").write_text('{"size": 896}')
+    named = ModelConfig(model_name_or_path=str(base))
+    tokenizer: Any = SimpleNamespace(
+        save_pretrained=lambda folder: (folder / "tokenizer.json").write_text("{}")
+    )
+    Preprocessing(tokenizer, processor_files(named, Gemma3Config())).save_pretrained(trained)
+    assert {path.name for path in trained.iterdir()} == {"preprocessor_config.json", "tokenizer.json"}
+    assert (trained / "preprocessor_config.json").read_text() == '{"size": 896}'
+    assert processor_files(named, BertConfig()) == []
+    assert not caplog.messages
+    (base / "preprocessor_config.json").unlink()
+    assert processor_files(named, Gemma3Config()) == []
+    assert "its settings for images and sound (processor_config.json, " in caplog.text
 
 
 def test_a_tokenizer_of_pages_is_refused(tmp_path):

@@ -40,6 +40,7 @@ from swaft.training.models.checks import (
     require_decoder_start,
     require_embeddings,
     require_form,
+    require_separate_rows,
     require_text,
     require_token_types,
 )
@@ -213,6 +214,30 @@ def test_several_ranks_leave_out_no_layers_and_one_does(caplog):
         keep_all_layers(config, 2)
     assert (config.encoder_layerdrop, config.decoder_layerdrop) == (0.0, 0.0)
     assert "encoder_layerdrop=0.05 is set to 0: ranks would drop different layers" in caplog.messages
+
+
+def test_rows_are_packed_only_where_it_is_known_that_they_do_not_see_each_other():
+    def refused(kind: str, *, size: int = 8, packing: bool = True, passes: Any = None, **entries: Any) -> str:
+        config = SimpleNamespace(
+            data=SimpleNamespace(packing=packing),
+            noise=SimpleNamespace(passes=passes),
+            model=ModelConfig(model_name_or_path="some/model", trust_remote_code=True),
+            train=SimpleNamespace(per_device_train_batch_size=size),
+        )
+        try:
+            require_separate_rows(config, AutoConfig.for_model(kind, **entries))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    flash: dict[str, Any] = {"attn_implementation": "flash_attention_2"}
+    assert "packed rows of rwkv may see each other" in refused("rwkv")
+    assert "its code is its own" in refused("llama", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    assert "set train.per_device_train_batch_size=1" in refused("llama", **flash)
+    assert "noise.passes=two" in refused("llama", size=1, passes="doubled", **flash)
+    assert not refused("llama")
+    assert not refused("llama", size=1, **flash)
+    assert not refused("rwkv", packing=False)
 
 
 @pytest.mark.parametrize("kind", ["lxmert", "layoutlmv2", "fsmt", "prophetnet", "tapas"])

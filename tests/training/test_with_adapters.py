@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,30 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+
+
+class Quantizer:
+    """As transformers leaves one on a model of which it keeps the quantised weights."""
+
+    quantization_config = SimpleNamespace(quant_method="bitsandbytes")
+
+    def __init__(self, *, is_trainable: bool):
+        self.is_trainable, self.is_qat_trainable = is_trainable, False
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_quantised_weights_are_trained_only_through_adapters_that_get_gradients(is_trainable, use_peft):
+    model: Any = bert()
+    model.hf_quantizer = Quantizer(is_trainable=is_trainable)
+    settings = ModelConfig(model_name_or_path="some/model", use_peft=use_peft)
+    if is_trainable and use_peft:
+        with_adapters(model, settings, task="sequence classification")
+        return
+    with pytest.raises(
+        ConfigError, match=r"its weights are quantised \(bitsandbytes\), which have no gradients"
+    ):
+        with_adapters(model, settings, task="sequence classification")
 
 
 def bert():

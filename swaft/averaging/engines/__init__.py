@@ -87,7 +87,8 @@ def _attach_torch(model: nn.Module, optimizers: Sequence[Any]) -> Engine:
     if not wrapped and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UnsupportedEngineError(
             f"{dist.get_world_size()} ranks train, but the model is a bare {type(model).__name__}; expected what "
-            "`accelerator.prepare` returns: attach after it"
+            "`accelerator.prepare` returns: attach after it. On a CPU accelerate wraps the model only with "
+            "Accelerator(cpu=True), or TrainingArguments(use_cpu=True)"
         )
     devices = {parameter.device for parameter in module.parameters() if parameter.requires_grad}
     if len(devices) > 1:

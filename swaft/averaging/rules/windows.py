@@ -87,7 +87,7 @@ class WindowsPlan(Plan):
         if first_step < self.first_step:
             raise AveragingError(
                 f"the window's start={start} is step {first_step}, but this run keeps weights from step "
-                f"{self.first_step} on (averaging.start)"
+                f"{self.first_step} on (the rule's start)"
             )
         if last_step > self.total_steps:
             raise AveragingError(

@@ -30,7 +30,7 @@ OWN_LOSSES = ("SFTTrainer",)
 REPLACED = ("compute_loss", "get_batch_samples", "log")
 """Methods of a Trainer that a noise objective replaces while it trains."""
 LOGGED = ("task_loss", "divergence", "noise_to_signal")
-"""Numbers added to each line of the log if the objective measures them, as means over its micro-batches."""
+"""Numbers added to each line of the log if the objective measures them."""
 TRAIN_NOISE: WeakSet[Trainer] = WeakSet()
 """The Trainers in which a noise objective currently does so."""
 
@@ -39,9 +39,9 @@ class NoiseCallback(TrainerCallback):
     """Trains a noise objective instead of the Trainer's loss; evaluations keep the Trainer's own loss.
 
     The loss of a step is the mean over the rows that count in it (texts, ends of answers, target tokens), over all
-    ranks and micro-batches. Log lines gain the means of ``task_loss``, ``divergence`` and, with noise,
-    ``noise_to_signal`` on rank 0. The step that determines the noise is saved in every checkpoint, and is resumed
-    from there.
+    ranks and micro-batches. Log lines gain ``task_loss``, ``divergence`` and, with noise, ``noise_to_signal``,
+    which are means of the same kind. The step that determines the noise is saved in every checkpoint, and is
+    resumed from there.
 
     Args:
         objective: such as ``swaft.R3F(preset="relative", sigma=0.5)``.
@@ -57,7 +57,7 @@ class NoiseCallback(TrainerCallback):
     def __init__(self, objective: Any):
         self.objective = objective
         self._sums: dict[str, torch.Tensor] = {}
-        self._seen = 0
+        self._steps = 0
         self._own: dict[str, Any] = {}  # methods that had been replaced on the Trainer before
         self._counted = torch.ones(())
 
@@ -71,7 +71,7 @@ class NoiseCallback(TrainerCallback):
         _require_plain_loss(self._trainer, self.objective)
         if state.global_step:
             self.objective.load_state_dict(_read_objective_state(resumed_from or checkpoint_of(args, state)))
-        self._sums, self._seen = {}, 0
+        self._sums, self._steps = {}, 0
         self._own = {name: vars(self._trainer)[name] for name in REPLACED if name in vars(self._trainer)}
         TRAIN_NOISE.add(self._trainer)
         self._trainer.compute_loss = self._in_place_of(self._trainer.compute_loss)
@@ -104,9 +104,9 @@ class NoiseCallback(TrainerCallback):
             if not model.training or self not in self._trainer.callback_handler.callbacks:
                 return compute_loss(model, inputs, return_outputs, num_items_in_batch)
             out = self.objective(model, inputs)
-            measured = {name: value.float() for name, value in out.logged.items() if name in LOGGED}
+            share = out.num_items / self._counted
+            measured = {name: value.float() * share for name, value in out.logged.items() if name in LOGGED}
             self._sums = {name: self._sums.get(name, 0.0) + value for name, value in measured.items()}
-            self._seen += 1
             # The engine averages over ranks. The Trainer divides by the number of micro-batches, unless it assumes
             # that the loss is already divided by the items of the step.
             scaled = self._trainer.loss_is_scaled_for_ga
@@ -132,6 +132,7 @@ class NoiseCallback(TrainerCallback):
             items = sum(self._rows(batch) for batch in batches)
             total = self._trainer.accelerator.reduce(torch.as_tensor(items, device=device))
             self._counted = total.clamp(min=1)  # nothing to learn from a step in which nothing counts
+            self._steps += bool(batches)  # without rows, an iterable dataset has come to its end
             return batches, num_items
 
         return counted
@@ -143,9 +144,10 @@ class NoiseCallback(TrainerCallback):
     def _logging(self, log: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(log)
         def with_divergence(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs and self._seen:
-                logs |= {name: float(total / self._seen) for name, total in self._sums.items()}
-                self._sums, self._seen = {}, 0
+            if "loss" in logs and self._sums:
+                totals: Any = self._trainer.accelerator.reduce(self._sums)
+                logs |= {name: float(total / self._steps) for name, total in totals.items()}
+                self._sums, self._steps = {}, 0
             log(logs, *args, **kwargs)
 
         return with_divergence

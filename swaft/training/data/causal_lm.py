@@ -6,33 +6,33 @@ The settings specific to models that continue a text come first.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from datasets import ClassLabel, Dataset, Json, Value
+from datasets import ClassLabel, Dataset, Value
 from torch import Tensor
 
 from swaft.errors import DataError
 from swaft.options import Count, Range, WholeNumber
 from swaft.training.config.schema import EvalConfig, Fault, RecipeConfig, RowsConfig
-from swaft.training.data.chats import TokenRow, chat_tokens, is_learnt
+from swaft.training.data.chats import TEMPLATE_ARGUMENTS, TokenRow, chat_faults, chat_tokens, refuse_messages
+from swaft.training.data.files import map_rows
 from swaft.training.data.seq2seq import Seq2SeqModelConfig, Seq2SeqTrainConfig, log_lengths
 from swaft.training.data.texts import (
     IGNORED,
     BadRow,
     Collator,
-    ColumnFault,
     encode,
     good_rows,
-    map_rows,
     padded,
     read_as_text,
     refuse_split_settings,
     require_column,
+    special_tokens,
+    spelled_tokens,
     text_faults,
     usual_columns,
     values,
@@ -59,7 +59,8 @@ class CausalDataConfig(RowsConfig):
     """Text put between every prompt and its answer: a line break, say."""
     max_length: Annotated[int, Range(low=2)] = 512
     """Longest row in tokens, prompt and answer together. An answer is cut to the room its prompt leaves, but to no
-    less than half of the row; a longer prompt loses its beginning. Chats are cut at the end."""
+    less than half of the row; a longer prompt loses its beginning, but not the special tokens in front of it. Chats
+    are cut at the end."""
     packing: bool = False
     """Pack several rows into one of `max_length` tokens, each with its own positions and unable to attend to the
     others. Off; turning it on saves the padding of short rows."""
@@ -193,9 +194,10 @@ def tokenize_rows(
     """Turn rows into token ids, unpadded.
 
     A prompt gets the special tokens with which the tokenizer starts a text, an answer gets none; the end-of-text
-    token follows it and is learnt. The first token of a row is never learnt: nothing comes before it. In a chat,
-    the assistant's messages are learnt, except one that opens the chat, which answers nothing, those with weight 0,
-    and what the template formats differently in later turns (see `chat_tokens`).
+    token follows it and is learnt. Neither is repeated where a text spells it as a special token. The first token
+    of a row is never learnt: nothing comes before it. In a chat, the assistant's messages are learnt, except one
+    that opens the chat, which answers nothing, those with weight 0, and what the template formats differently in
+    later turns (see `chat_tokens`).
 
     Args:
         splits: rows that `find_columns` checked, by split.
@@ -248,8 +250,8 @@ def tokenize_rows(
         made = {name: map_rows(split, row_tokens, workers) for name, split in splits.items()}
     finally:
         tokenizer.chat_control_tokens = control
-    if tokenizer.chat_template is not None:
-        read_as_text(tokenizer, False)  # the saved tokenizer keeps this setting
+    # The saved tokenizer keeps this setting, and prompts are written with special tokens, by templates or by hand.
+    read_as_text(tokenizer, False)
     kept = good_rows(made, (), _untrainable, skip=skip)
     return {name: _renumbered(rows.remove_columns("fault"), len(made[name])) for name, rows in kept.items()}
 
@@ -367,29 +369,10 @@ def _class_names_as_text(split: Dataset, column: str) -> Dataset:
 
 def _faults(split: Dataset, columns: CausalColumns) -> Iterator[BadRow]:
     for column in filter(None, (columns.prompt, columns.answer)):
+        yield from refuse_messages(split, column)
         yield from text_faults(split, column)
-    if columns.messages is None:
-        return
-    there = f"in column '{columns.messages}'"
-    feature = getattr(split.features[columns.messages], "feature", None)
-    if isinstance(feature, dict) and isinstance(feature.get("content"), Json):
-        # Json decodes a text such as "7" to a number, so rows that look right may not be.
-        chats = list(enumerate(values(split, columns.messages)))
-        row, chat = next((each for each in chats if not all(map(_is_message, each[1] or ()))), chats[0])
-        kinds = "contents of several types, so a text like '7' is read as a number; write each as text"
-        yield row, ColumnFault(f"has {chat!r:.200} {there}, which has {kinds}")
-    for row, chat in enumerate(values(split, columns.messages)):
-        messages = chat if isinstance(chat, list) else []
-        if isinstance(chat, str):
-            kept = "a list of messages (json lines and parquet keep lists, csv does not)"
-            yield row, ColumnFault(f"has the text {chat!r:.80} {there}; expected {kept}")
-        elif not all(map(_is_message, messages)):
-            yield (
-                row,
-                f"has {chat!r:.80} {there}; expected messages with a role and a content (or tool_calls)",
-            )
-        elif not any(map(is_learnt, messages[1:])):
-            yield row, f"has no message of the assistant after another {there}; expected one to learn"
+    if columns.messages is not None:
+        yield from chat_faults(split, columns.messages)
 
 
 def _untrainable(split: Dataset) -> Iterator[BadRow]:
@@ -403,40 +386,45 @@ def _renumbered(rows: Dataset, before: int) -> Dataset:
     return rows.remove_columns("idx").add_column("idx", [*range(len(rows))])
 
 
-def _is_message(found: Any) -> bool:
-    if not isinstance(found, Mapping) or "role" not in found:
-        return False
-    content = found.get("content")
-    return isinstance(content, str) or (content is None and bool(found.get("tool_calls")))
-
-
 def _tokens(
     rows: Mapping[str, list[Any]], tokenizer: Any, columns: CausalColumns, data: CausalDataConfig
 ) -> Iterator[TokenRow]:
     """Yield the token ids of each row."""
     if columns.messages is not None:
         # Telling them apart takes a hundred times as long, so it is done only if a message spells one.
-        special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)")
-        for chat in rows[columns.messages]:
-            spelt = data.split_special_tokens and special.search(str(chat)) is not None
+        spelled, special = spelled_tokens(tokenizer), {*special_tokens(tokenizer).values()}
+        chats = rows[columns.messages]
+        for chat, arguments in zip(chats, rows.get(TEMPLATE_ARGUMENTS, [None] * len(chats)), strict=True):
+            spelt = data.split_special_tokens and spelled.search(str((chat, arguments))) is not None
             try:
-                yield chat_tokens(chat, tokenizer, plain=spelt)
+                yield chat_tokens(chat, tokenizer, arguments or {}, special, plain=spelt)
             except DataError as error:  # a column of Arrow cannot begin with a thousand empty lists
                 yield TokenRow([0], [IGNORED], 1, fault=str(error))
         return
     answers = rows[columns.answer]  # type: ignore[index]
     prompts = rows[columns.prompt] if columns.prompt is not None else [""] * len(answers)
     texts = [f"{data.prompt_prefix}{prompt}{data.prompt_suffix}" for prompt in prompts]
-    given = encode(tokenizer, texts)["input_ids"]
+    given = encode(tokenizer, texts, add_special_tokens=False)["input_ids"]
     learnt = encode(tokenizer, answers, add_special_tokens=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    for before, answer in zip(given, learnt, strict=True):
-        before = before[:-1] if before and before[-1] == end else before  # some end every text
-        after = [*answer] if end is None else [*answer, end]
+    front, end = _tokens_in_front(tokenizer), tokenizer.eos_token_id
+    end = [] if end is None else [end]
+    spells = not tokenizer.split_special_tokens
+    for prompt, answer in zip(given, learnt, strict=True):
+        starts = spells and [*prompt, *answer][: len(front)] == front
+        before = prompt if starts else [*front, *prompt]
+        after = answer if spells and answer[-1:] == end else [*answer, *end]
         length = len(before) + len(after)
         # The answer may take half of a row, or more if the prompt leaves room; a prompt keeps its end.
         after = after[: max(data.max_length // 2, data.max_length - len(before))]
-        before = before[max(0, len(before) + len(after) - data.max_length) :]
+        more = max(0, len(before) + len(after) - data.max_length)
+        before = before[: len(front)] + before[len(front) + more :]
         ids = [*before, *after]
         labels = [IGNORED] * len(before) + after
         yield TokenRow(ids, [IGNORED, *labels[1:]], length)
+
+
+def _tokens_in_front(tokenizer: Any) -> list[int]:
+    """Return the special tokens with which the tokenizer starts every text."""
+    whole, bare = (tokenizer("a", add_special_tokens=each)["input_ids"] for each in (True, False))
+    places = range(len(whole))
+    return whole[: next((place for place in places if whole[place : place + len(bare)] == bare), 0)]

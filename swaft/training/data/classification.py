@@ -19,10 +19,10 @@ from swaft.errors import DataError
 from swaft.options import Count
 from swaft.training.config.schema import EvalConfig, Fault, ModelConfig, RecipeConfig, RowsConfig
 from swaft.training.config.values import split_names
+from swaft.training.data.files import map_rows
 from swaft.training.data.texts import (
     BadRow,
     good_rows,
-    map_rows,
     named_columns,
     number_of,
     shortened,

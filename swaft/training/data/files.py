@@ -1,6 +1,6 @@
 """Readers for parquet, csv, tsv, json and jsonl: every row of a file, or an error that gives the line.
 
-Error messages continue after the file's name.
+Error messages continue after the file's name. What is made of rows in files is cached next to them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -72,6 +72,39 @@ def alone(lock: Path) -> Iterator[bool]:
         yield True
     finally:
         held.release()
+
+
+def map_rows(split: Dataset, function: Callable[..., dict[str, list[Any]]], workers: int | None) -> Dataset:
+    """Return the columns that a function makes of batches of rows and of their numbers.
+
+    For rows in a file they go into the cache of `datasets`: of the ranks of a machine the first writes them, the
+    others wait and read.
+
+    Args:
+        split: the rows.
+        function: takes a batch of rows, a list per column, and their numbers. The cache is named by all that it
+            holds, and workers receive it, so it should hold little.
+        workers: processes to use (`data.preprocessing_num_workers`); None: this one. If they cannot receive the
+            function, a warning says so, and this one is used.
+    """
+    try:
+        name = Hasher.hash((reading_code(), split._fingerprint, function))
+    except Exception as error:  # of any type: it comes from the tokenizer
+        if workers is not None:
+            logger.warning(
+                "one process tokenizes the rows: others cannot receive the tokenizer (%s)", cause(error)
+            )
+        name = workers = None  # there is nothing for others to read
+    files = split.cache_files if name is not None else []
+    with alone(Path(files[0]["filename"]).with_name(f"cache-{name}.lock")) if files else nullcontext():
+        return split.map(
+            function,
+            batched=True,
+            with_indices=True,
+            remove_columns=split.column_names,
+            num_proc=workers,
+            new_fingerprint=name,
+        )
 
 
 def require_utf8(path: str) -> None:

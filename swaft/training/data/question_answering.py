@@ -19,13 +19,13 @@ from transformers import PreTrainedTokenizerBase
 from swaft.errors import ConfigError, DataError
 from swaft.options import Count, Range, WholeNumber
 from swaft.training.config.schema import EvalConfig, Fault, ModelConfig, RecipeConfig, RowsConfig
+from swaft.training.data.files import map_rows
 from swaft.training.data.texts import (
     POSITIONS,
     ROWS_AT_ONCE,
     BadRow,
     encode,
     good_rows,
-    map_rows,
     number_of,
     text_faults,
     values,

@@ -26,13 +26,13 @@ from swaft.training.config.schema import (
     RowsConfig,
     TrainConfig,
 )
+from swaft.training.data.files import map_rows
 from swaft.training.data.texts import (
     BadRow,
     ColumnFault,
     existing,
     good_rows,
     is_blank,
-    map_rows,
     named_columns,
     text_faults,
     usual_columns,

@@ -9,16 +9,14 @@ import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from datetime import date
-from itertools import takewhile
-from pathlib import Path
+from itertools import groupby, takewhile
+from operator import itemgetter
 from string import ascii_letters, digits
 from typing import Any
 
 import torch
 from datasets import Dataset, Json
-from datasets.fingerprint import Hasher
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -31,7 +29,6 @@ from transformers import (
 
 from swaft.errors import DataError
 from swaft.options import suggestion
-from swaft.training.data.files import alone, cause, reading_code
 
 logger = logging.getLogger(__name__)
 
@@ -264,37 +261,27 @@ def padded(rows: Sequence[Mapping[str, Any]], name: str, value: int) -> Tensor:
     return pad_sequence(columns, batch_first=True, padding_value=value)
 
 
-def map_rows(split: Dataset, function: Callable[..., dict[str, list[Any]]], workers: int | None) -> Dataset:
-    """Return the columns that a function makes of batches of rows and of their numbers.
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Return the id of every special token: also of those that are special as added tokens only.
 
-    For rows in a file they go into the cache of `datasets`: of the ranks of a machine the first writes them, the
-    others wait and read.
-
-    Args:
-        split: the rows.
-        function: takes a batch of rows, a list per column, and their numbers. The cache is named by all that it
-            holds, and workers receive it, so it should hold little.
-        workers: processes to use (`data.preprocessing_num_workers`); None: this one. If they cannot receive the
-            function, a warning says so, and this one is used.
+    Most tokens of chat templates are: Llama's `<|eot_id|>`, Mistral's `[INST]`.
     """
-    try:
-        name = Hasher.hash((reading_code(), split._fingerprint, function))
-    except Exception as error:  # of any type: it comes from the tokenizer
-        if workers is not None:
-            logger.warning(
-                "one process tokenizes the rows: others cannot receive the tokenizer (%s)", cause(error)
-            )
-        name = workers = None  # there is nothing for others to read
-    files = split.cache_files if name is not None else []
-    with alone(Path(files[0]["filename"]).with_name(f"cache-{name}.lock")) if files else nullcontext():
-        return split.map(
-            function,
-            batched=True,
-            with_indices=True,
-            remove_columns=split.column_names,
-            num_proc=workers,
-            new_fingerprint=name,
-        )
+    added = {str(each): token for token, each in tokenizer.added_tokens_decoder.items() if each.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def spelled_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern that finds the special tokens that a text spells, the longest first."""
+    return re.compile(_any_of({*special_tokens(tokenizer)}) or "(?!)")
+
+
+def _any_of(names: set[str]) -> str:
+    """Return a pattern that branches by character: Mistral's thousand tokens would be tried at every bracket."""
+    branches = [
+        re.escape(first) + _any_of({name[1:] for name in alike})
+        for first, alike in groupby(sorted(names - {""}), key=itemgetter(0))
+    ]
+    return f"(?:{'|'.join(branches)})" + "?" * ("" in names) if branches else ""
 
 
 def read_as_text(tokenizer: PreTrainedTokenizerBase, split_special_tokens: bool) -> None:
@@ -332,7 +319,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> B
     padding: Any = tokenizer.pad_token_id
     names = set(tokenizer.special_tokens_map) - {"pad_token", "unk_token"}
     meant = {getattr(tokenizer, f"{name}_id") for name in names}
-    special = frozenset(tokenizer.all_special_ids) - ({unknown, padding} - meant)
+    special = frozenset(special_tokens(tokenizer).values()) - ({unknown, padding} - meant)
     for ids, added in zip(encoded["input_ids"], encoded.pop("special_tokens_mask"), strict=True):
         if sum(map(special.__contains__, ids)) == sum(added):  # nearly always, and quick to check
             continue
@@ -388,9 +375,7 @@ def report_special_tokens(
     Raises:
         DataError: `encode` refuses such a text.
     """
-    spelled = re.compile(
-        "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
-    )
+    spelled = spelled_tokens(tokenizer)
     read = "are text" if tokenizer.split_special_tokens else "have their special meaning"
     other = str(not tokenizer.split_special_tokens).lower()
     for name, split in splits.items():
@@ -443,4 +428,4 @@ def _can_split(tokenizer: Any) -> bool:
         )  # mistral-common's never reads special tokens from a text
     # Slow tokenizers would also lose words that were added to them; in ESM's, all words were.
     added = set(map(str, tokenizer.added_tokens_decoder.values()))
-    return added <= set(tokenizer.all_special_tokens) and not hasattr(tokenizer, "unique_no_split_tokens")
+    return added <= special_tokens(tokenizer).keys() and not hasattr(tokenizer, "unique_no_split_tokens")

@@ -144,7 +144,7 @@ def _option_problems(args: Namespace) -> list[str]:
         if args.num_processes is None:
             problems.append(
                 "the launch line: without a launch file accelerate starts a process for every GPU it finds; set "
-                "how many with --num_processes, or give a file with --config_file"
+                "how many with --num_processes, or give a file with --config_file, before the recipe's name"
             )
         elif args.num_processes > 1 and not chosen:
             problems.append(

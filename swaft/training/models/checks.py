@@ -78,6 +78,33 @@ def require_weights(model: AnyModelConfig, model_config: object) -> None:
         )
 
 
+def require_separate_rows(config: Any, model_config: Any) -> None:
+    """Refuse to pack rows if they would see each other, or if `require_order` cannot measure whether they do.
+
+    Args:
+        config: configuration of a recipe with ``data.packing``.
+        model_config: the model's transformers configuration.
+
+    Raises:
+        ConfigError: names the model's type, or the setting that separates the rows.
+    """
+    if not config.data.packing:
+        return
+    kind, own_code = model_config.model_type, getattr(model_config, "auto_map", None)
+    if kind == "rwkv" or (own_code and config.model.trust_remote_code):
+        reason = "it is recurrent" if kind == "rwkv" else "its code is its own, and is not tested"
+        raise ConfigError(
+            f"data.packing: packed rows of {kind} may see each other ({reason}); set it to false"
+        )
+    flash, size = str(model_config._attn_implementation), config.train.per_device_train_batch_size
+    if "flash" in flash and (size > 1 or config.noise.passes == "doubled"):
+        raise ConfigError(
+            f"data.packing: with {flash} transformers keeps packed rows apart only if the model gets them one at a "
+            "time; set train.per_device_train_batch_size=1 (with a longer data.max_length, or more "
+            "train.gradient_accumulation_steps) and noise.passes=two"
+        )
+
+
 def require_text(model: AnyModelConfig, model_config: Any) -> None:
     """Refuse a model that cannot be trained on rows of text alone.
 

@@ -290,8 +290,8 @@ def decoder_config(model: Seq2SeqModelConfig) -> Any:
         ConfigError: the model is not a decoder, or its type has no such entry.
     """
     found = load_model_config(model) if model.config is None else _new_config(model)
-    reads_on = getattr(found, "is_decoder", False) or getattr(found, "causal", False)  # XLM says causal
-    sees_all = type(found) in MODEL_FOR_MASKED_LM_MAPPING and not reads_on
+    # A causal XLM is left out: its loss compares a token with itself, not with the next.
+    sees_all = type(found) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(found, "is_decoder", False)
     if found.is_encoder_decoder or sees_all:
         raise ConfigError(
             f"{model.setting}: {found.model_type} is not a decoder that continues a text; expected a model "

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +24,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.hub import cached_files
 from transformers.utils.import_utils import is_sentencepiece_available
 
 from swaft.errors import ConfigError
 from swaft.training.config import AdapterConfig, AnyModelConfig, RecipeConfig
 from swaft.training.config.values import not_allowed, split_names
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING
+
+logger = logging.getLogger(__name__)
 
 
 class Form(NamedTuple):
@@ -46,6 +53,7 @@ FORMS = {
     "causal language modelling": Form(AutoModelForCausalLM, "CAUSAL_LM"),
 }
 """Forms by task."""
+PROCESSOR_FILES = ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"]
 UNLIMITED = 1_000_000_000
 """Tokens that a model without absolute positions can read: as many as memory allows."""
 GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2"})
@@ -127,6 +135,38 @@ def load_tokenizer(model: AnyModelConfig) -> Any:
             "use a model and a tokenizer for plain text, not for pages or tables"
         ) from error
     return tokenizer
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What prepares a model's inputs: its tokenizer, and a multimodal model's settings for images and sound."""
+
+    tokenizer: Any
+    others: Sequence[str]
+    """Files of the pretrained model, from `processor_files`."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the tokenizer and copies of the other files."""
+        self.tokenizer.save_pretrained(folder)
+        for path in self.others:
+            shutil.copy(path, folder)
+
+
+def processor_files(model: AnyModelConfig, model_config: Any) -> list[str]:
+    """Return the files without which a multimodal model, though trained on texts alone, cannot be served."""
+    multimodal = any(hasattr(model_config, f"{kind}_config") for kind in ("vision", "audio"))
+    if model.described is not None or not multimodal:
+        return []
+    with suppress(OSError):  # of the hub, or of a folder that cannot be written
+        if found := cached_files(
+            model_path(model), PROCESSOR_FILES, _raise_exceptions_for_missing_entries=False
+        ):
+            return found
+    logger.warning(
+        "%s: its settings for images and sound (%s) were not found; copy them into the saved folders to serve them",
+        *(model.model_name_or_path, ", ".join(PROCESSOR_FILES)),
+    )
+    return []
 
 
 def longest_text(model_config: Any, tokenizer: Any) -> int:
@@ -239,8 +279,10 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
     saved in the adapter's folder. The model has to be whole, and torch seeded alike on every rank.
 
     Raises:
-        ConfigError: peft is not installed, or finds none of the layers.
+        ConfigError: peft is not installed, or finds none of the layers; or the weights are quantised in a way that
+            has no gradients.
     """
+    _refuse_quantised(model, adapted=settings.use_peft)
     if not settings.use_peft:
         return model
     try:
@@ -267,6 +309,18 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
             f"model.lora_target_modules: {names or 'null'} fits no layer of {type(model).__name__}; expected "
             f"all-linear, or some of {', '.join(sorted(linear))} ({_reason(error)[:200]})"
         ) from error
+
+
+def _refuse_quantised(model: Any, *, adapted: bool) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)  # None also if transformers has restored the weights
+    if quantizer is None or getattr(quantizer, "is_trainable" if adapted else "is_qat_trainable", False):
+        return
+    raise ConfigError(
+        "model.model_name_or_path: its weights are quantised "
+        f"({quantizer.quantization_config.quant_method}), which "
+        f"have no gradients{'' if adapted else ' but through adapters (model.use_peft=true)'}; name a model with "
+        'other weights, or try "dequantize": true in the quantization_config of its config.json'
+    )
 
 
 def new_heads(model: Any) -> list[str]:

@@ -61,7 +61,7 @@ class Setup:
 SETTING_OF = {
     "total_steps": "train.max_steps or num_train_epochs as it was",
     "rows": "section data as it was",
-    "rows_sha256": "section data, or the tokenizer, as it was",
+    "rows_sha256": "section data, the tokenizer, or swaft's version, as it was",
     "architecture_sha256": "section model as it was",
     "frozen_sha256": "section model as it was",
     "seed": "train.seed as it was",

@@ -45,6 +45,7 @@ from swaft.training.models.build import (
     require_called,
     require_own_parameters,
 )
+from swaft.training.models.pretrained import Preprocessing, processor_files
 from swaft.training.run.checkpoints import AVERAGE, find_checkpoints
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import ProgressLog, setup_logging, start_trackers, summary
@@ -221,15 +222,18 @@ class Run:
                 every rank.
         """
         config, folder, accelerator = self.config, self.folder, self.accelerator
-        self.averager, self.target, self._tokenizer = averager, ready.target, tokenizer
+        self.averager, self.target = averager, ready.target
         self.meter, self._validates = Meter(accelerator), "validation" in splits
         self.engine = averager.engine if averager else attach_engine(self.model, self.optimizer)
+        described = getattr(self.engine.module, "config", None)
+        others = processor_files(config.model, described) if accelerator.is_main_process else ()
+        self._tokenizer = Preprocessing(tokenizer, others)
         if watches_weights(config.eval):
             self.best = BestWeights(
                 config.eval,
                 target=ready.target,
                 folder=folder.best,
-                tokenizer=tokenizer,
+                tokenizer=self._tokenizer,
                 engine=self.engine,
                 averager=averager,
             )

@@ -31,6 +31,17 @@ PHI3 = ("phi3", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
 R1 = ("deepseek_r1_distill", "<|end|>")
 
 
+def test_a_token_of_the_template_that_is_special_as_an_added_token_only_is_text_in_a_message():
+    reader = reader_of(*PHI3)
+    assert "<|user|>" not in reader.all_special_tokens
+    chat = [{"role": "user", "content": "the <|user|> cat"}, CHAT[1]]
+    columns = CausalColumns(answer=None, messages="messages")
+    for plain, turns in ((True, 1), (False, 2)):
+        data = CausalDataConfig(split_special_tokens=plain)
+        [row] = tokenized(Dataset.from_list([{"messages": chat}]), reader, columns, data)
+        assert row["input_ids"].count(reader.convert_tokens_to_ids("<|user|>")) == turns
+
+
 def test_of_a_chat_every_answer_of_the_assistant_is_learnt():
     chat = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d e")]
     row = made([{"messages": [{"role": role, "content": text} for role, text in chat]}])[0]
@@ -211,6 +222,34 @@ def test_an_answer_may_be_a_call_of_a_tool_without_a_content():
         tokenized(columns.rows["train"], reader, columns, CausalDataConfig())
     with pytest.raises(DataError, match=r"expected messages with a role and a content \(or tool_calls\)"):
         made([{"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": []}]}])
+
+
+def test_the_template_gets_the_arguments_that_a_row_has_for_it():
+    reader = reader_of(*QWEN3)
+    arguments = [
+        {"enable_thinking": False, "style": None},
+        None,
+        {"enable_thinking": True, "style": "<|im_end|>"},
+    ]
+    rows = Dataset.from_dict({"messages": [CHAT] * 3, "chat_template_kwargs": arguments})
+    columns = find_columns({"train": rows}, CausalDataConfig())
+    made = tokenized(rows, reader, columns, CausalDataConfig())
+    learnt = [reader.decode([each for each in row if each != -100]) for row in made["labels"]]
+    assert [text.replace(" ", "") for text in learnt] == [
+        "b<|im_end|>\n",
+        "<think>\n\n</think>\n\nb<|im_end|>\n",
+        "<think>\n\n</think>\n\nb<|im_end|>\n",
+    ]
+    reader.chat_template = "{{ style }}" + reader.chat_template
+    for plain, ends in ((True, 2), (False, 3)):
+        [row] = tokenized(rows.select([2]), reader, columns, CausalDataConfig(split_special_tokens=plain))
+        assert row["input_ids"].count(reader.eos_token_id) == ends
+    for wrong in ("none", {"tokenize": False}):
+        written = Dataset.from_dict({"messages": [CHAT], "chat_template_kwargs": [wrong]})
+        with pytest.raises(
+            DataError, match=r"row 1 of train has .* in column 'chat_template_kwargs'; expected an object"
+        ):
+            find_columns({"train": written}, CausalDataConfig())
 
 
 def test_a_call_of_a_tool_is_learnt_without_the_arguments_of_other_tools():

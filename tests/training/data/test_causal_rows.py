@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from tiny_causal import CHAT, WORDS, ids, made, tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_causal import CHAT, WORDS, ids, made, tokenized, tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from swaft.errors import DataError
 from swaft.training.data.causal_lm import (
@@ -18,10 +19,32 @@ from swaft.training.data.causal_lm import (
     find_columns,
 )
 from swaft.training.data.packing import pack
+from swaft.training.data.texts import read_as_text
 from swaft.training.evaluation.evaluate import evaluate_answers_given
 from swaft.training.evaluation.generation import write_answers
 
 pytestmark = pytest.mark.unit
+
+
+def starting(added: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that adds special tokens to texts: `<bos> $A`."""
+    made = tokenizer()
+    made.add_special_tokens({"bos_token": "<bos>"})
+    names = [name for name in added.split() if name != "$A"]
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=added, special_tokens=[(name, made.convert_tokens_to_ids(name)) for name in names]
+    )
+    return made
+
+
+def rows_of(reader: PreTrainedTokenizerFast, *rows: dict, **settings: object) -> Dataset:
+    data = CausalDataConfig(**settings)
+    columns = find_columns({"train": Dataset.from_list([*rows])}, data)
+    return tokenized(columns.rows["train"], reader, columns, data)
+
+
+def words(ids: list[int]) -> str:
+    return " ".join([*WORDS, "<bos>"][each] for each in ids)
 
 
 def test_the_answer_and_its_end_are_learnt_and_the_prompt_is_not():
@@ -38,6 +61,64 @@ def test_a_long_prompt_loses_its_beginning_and_leaves_room_for_the_answer():
     row = made([{"prompt": "a b c d e f", "completion": "a b"}], max_length=5)[0]
     assert row["input_ids"] == ids("d e f a b")
     assert row["labels"][-2:] == ids("a b")
+
+
+@pytest.mark.parametrize(
+    ("added", "given", "text"),
+    [
+        ("</s> $A", "</s> a", "</s> b c </s>"),  # as OPT: its start is its end
+        ("$A </s>", "a", "b c </s>"),
+        ("<bos> $A </s>", "<bos> a", "<bos> b c </s>"),
+    ],
+)
+def test_texts_and_prompts_have_the_start_that_the_tokenizer_gives_them(added, given, text):
+    reader = starting(added)
+    assert words(rows_of(reader, {"prompt": "a", "completion": "b"})[0]["input_ids"]) == f"{given} b </s>"
+    [row] = rows_of(reader, {"text": "b c"})
+    assert words(row["input_ids"]) == text
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+
+
+def test_a_long_prompt_keeps_the_special_tokens_in_front_of_it():
+    long = {"prompt": "a b c d e f", "completion": "a b"}
+    for added in ("<bos> $A", "<bos> $A </s>"):
+        [row] = rows_of(starting(added), long, max_length=5)
+        assert words(row["input_ids"]) == "<bos> e f a b"
+        assert row["labels"] == [-100, -100, -100, *row["input_ids"][3:]]
+    [row] = rows_of(starting("<bos> <user> $A"), long, max_length=7)
+    assert words(row["input_ids"]) == "<bos> <user> e f a b </s>"
+    reader = starting("<bos> $A")
+    [asked] = asked_rows(rows_of(reader, long, max_length=5), 1, reader)["input_ids"]
+    assert words(asked) == "<bos> e f"
+
+
+@pytest.mark.parametrize("added", ["<bos> $A", "<bos> $A </s>"])
+def test_the_start_and_the_end_that_a_text_spells_are_not_repeated(added):
+    for row, expected in (
+        ({"text": "<bos> a b </s>"}, "<bos> a b </s>"),
+        ({"text": "a </s> b"}, "<bos> a </s> b </s>"),
+        ({"text": "a <bos>"}, "<bos> a <bos> </s>"),
+        ({"prompt": "<bos> a", "completion": "b </s>"}, "<bos> a b </s>"),
+        ({"prompt": "a </s>", "completion": "b"}, "<bos> a </s> b </s>"),
+    ):
+        [made] = rows_of(starting(added), row, split_special_tokens=False)
+        assert words(made["input_ids"]) == expected
+        assert made["labels"][0] == -100
+        assert made["labels"][-1] == WORDS.index("</s>")
+    [around] = rows_of(starting("<bos> $A <bos>"), {"text": "a"}, split_special_tokens=False)
+    assert words(around["input_ids"]) == "<bos> a </s>"  # what is put behind a text belongs to no prompt
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_the_saved_tokenizer_of_a_decoder_reads_special_tokens_also_without_a_chat_template(split, tmp_path):
+    reader = tokenizer()
+    reader.chat_template = None
+    read_as_text(reader, split)  # as recipes do at their start
+    rows_of(reader, {"text": "a b"}, split_special_tokens=split)
+    reader.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert not saved.split_special_tokens
+    assert saved("a </s>")["input_ids"] == ids("a </s>")
 
 
 def test_classes_are_written_by_their_names():
@@ -94,6 +175,17 @@ def test_a_class_that_is_withheld_is_a_row_without_an_answer():
         ),
         ([{"messages": CHAT}], {"prompt_prefix": "a"}, "data.prompt_prefix and .* the rows are chats"),
         ([{"messages": [{"role": "user"}]}], {}, "expected messages with a role"),
+        (
+            [{"prompt": CHAT[:1], "completion": CHAT[1:]}],
+            {},
+            "chats are read from one column: put all",
+        ),
+        ([{"conversations": [{"from": "human", "value": "a"}]}], {}, "'human' as user, 'gpt' as assistant"),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}],
+            {},
+            "write the parts of a content as one text",
+        ),
     ],
 )
 def test_rows_that_nothing_can_be_learnt_from_are_refused(rows, settings, message):

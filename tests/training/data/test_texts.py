@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 from tiny_tokenizer import tiny_tokenizer
 from transformers import (
+    AddedToken,
     AutoTokenizer,
     BertTokenizer,
     ByT5Tokenizer,
@@ -158,6 +159,27 @@ def test_sources_and_targets_are_text_too():
     batch = Collator(tokenizer)([tokenize_pairs(rows, tokenizer, data)[0]])
     assert (batch["input_ids"] == tokenizer.eos_token_id).sum(dim=1).tolist() == [1]
     assert (batch["labels"] == tokenizer.eos_token_id).sum(dim=1).tolist() == [1]
+
+
+def test_a_token_that_is_special_as_an_added_token_only_is_reported_and_read_as_text(caplog):
+    """As most tokens of chat templates are: Mistral's [INST], Llama's <|eot_id|>."""
+    tokenizer = words()
+    tokenizer.add_tokens([AddedToken(each, special=True) for each in ("<s>", "<s>1", "a")])
+    assert {"<s>", "<s>1", "a"}.isdisjoint(tokenizer.all_special_tokens)
+    read_as_text(tokenizer, True)
+    assert tokens(tokenizer, "b <s>1 a") == [
+        "[CLS]",
+        "b",
+        "[UNK]",
+        "[UNK]",
+        "[UNK]",
+        "[UNK]",
+        "[UNK]",
+        "[SEP]",
+    ]
+    rows = Dataset.from_dict({"text": ["b", "<s>1"]})
+    report_special_tokens({"train": rows}, ["text"], tokenizer)
+    assert "1 rows of train spell special tokens (row 2: <s>1), which are text" in caplog.text
 
 
 @pytest.mark.parametrize(

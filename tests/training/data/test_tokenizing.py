@@ -14,7 +14,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from swaft.errors import DataError
 from swaft.training.data import causal_lm, classification, question_answering, seq2seq
-from swaft.training.data.texts import map_rows
+from swaft.training.data.files import map_rows
 
 pytestmark = pytest.mark.unit
 
@@ -134,5 +134,5 @@ def test_what_was_cached_by_other_code_is_not_used(tmp_path, monkeypatch):
 
     before = map_rows(rows, lengths, None)
     assert map_rows(rows, lengths, None)._fingerprint == before._fingerprint
-    monkeypatch.setattr("swaft.training.data.texts.reading_code", lambda: "changed")
+    monkeypatch.setattr("swaft.training.data.files.reading_code", lambda: "changed")
     assert map_rows(rows, lengths, None)._fingerprint != before._fingerprint
