@@ -125,7 +125,7 @@ def mean_cross_entropy(logits: Tensor, inputs: Inputs, *, label_smoothing: float
         return mean
     # Added, so that weights of 1 change no bit.
     change = ((inputs.weights.flatten() - 1) * reduced("none")).sum()
-    return mean + change / count_items(inputs.targets)
+    return mean + change / count_items(inputs.targets).clamp(min=1)
 
 
 def real_tokens(arguments: dict[str, Any]) -> Tensor | None:
