@@ -133,7 +133,7 @@ def test_a_window_that_cannot_be_had_is_refused_with_the_nearest_boundaries(choi
 
 def test_a_window_from_before_the_first_member_is_refused():
     with pytest.raises(
-        AveragingError, match=r"start=0\.25 is step 5, .* from step 10 on \(averaging\.start\)"
+        AveragingError, match=r"start=0\.25 is step 5, .* from step 10 on \(the rule.s start\)"
     ):
         Windows(blocks=2, start=10).plan(20).readout(11, Readout(start=0.25))
 
