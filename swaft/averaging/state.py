@@ -123,8 +123,8 @@ class AverageState:
         if found != wanted:
             found, wanted = (", ".join(f"{k}: {v}" for k, v in rules.items()) for rules in (found, wanted))
             raise StateError(
-                f"{where} holds the rules {found}; this run averages by {wanted}. Set them as they "
-                "were (recipes: section averaging), or begin a new run"
+                f"{where} holds the rules {found}; this run averages by {wanted}. Set them as "
+                "they were (recipes: section averaging), or begin a new run"
             )
         for field, setting, more in (
             (

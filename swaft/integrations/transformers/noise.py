@@ -114,6 +114,7 @@ class NoiseCallback(TrainerCallback):
                 scaled = self._trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
             means = self._trainer.accelerator.num_processes
             means *= 1 if scaled else self._trainer.current_gradient_accumulation_steps
+            # Not `share * means`: equal micro-batches give exactly 1 only in this order.
             loss = out.loss * (out.num_items * means / self._counted)
             return (loss, {"loss": loss, "logits": out.logits}) if return_outputs else loss
 

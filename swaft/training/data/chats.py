@@ -17,8 +17,6 @@ SILENT = {"role": "assistant", "content": ""}
 """An answer that only calls tools, without its calls."""
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
 """Column with arguments of the chat template for a row, as TRL names it: `{"enable_thinking": false}`."""
-
-
 OF_THE_TOKENIZER = frozenset(
     ("tokenize", "padding", "truncation", "max_length", "return_tensors", "tokenizer_kwargs")
 )

@@ -54,6 +54,7 @@ FORMS = {
 }
 """Forms by task."""
 PROCESSOR_FILES = ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"]
+"""How a multimodal model prepares images, sound and video."""
 UNLIMITED = 1_000_000_000
 """Tokens that a model without absolute positions can read: as many as memory allows."""
 GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2"})
@@ -316,10 +317,9 @@ def _refuse_quantised(model: Any, *, adapted: bool) -> None:
     if quantizer is None or getattr(quantizer, "is_trainable" if adapted else "is_qat_trainable", False):
         return
     raise ConfigError(
-        "model.model_name_or_path: its weights are quantised "
-        f"({quantizer.quantization_config.quant_method}), which "
-        f"have no gradients{'' if adapted else ' but through adapters (model.use_peft=true)'}; name a model with "
-        'other weights, or try "dequantize": true in the quantization_config of its config.json'
+        f"model.model_name_or_path: its weights are quantised ({quantizer.quantization_config.quant_method}), "
+        f"which have no gradients{'' if adapted else ' but through adapters (model.use_peft=true)'}; name a model "
+        'with other weights, or try "dequantize": true in the quantization_config of its config.json'
     )
 
 
