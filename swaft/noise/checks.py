@@ -114,6 +114,24 @@ def check_uncompiled(model: nn.Module, objective: str) -> None:
         )
 
 
+def check_not_recomputed(model: nn.Module, part: nn.Module, objective: str) -> None:
+    """Refuse a part that a pass changes, if torch's checkpoint wrapper around it recomputes its activations in the
+    backward pass, where nothing is changed any more.
+
+    Raises:
+        NoiseError: names both.
+    """
+    for name, module in unwrap(model).named_modules():
+        wrapped = module._modules.get("_checkpoint_wrapped_module")
+        if wrapped is not None and any(part is inner for inner in wrapped.modules()) and part is not wrapped:
+            raise NoiseError(
+                f"{name or 'the model'} ({type(wrapped).__name__}) is recomputed in the backward pass (activation "
+                f"checkpointing), without what {objective} changes in its {type(part).__name__}; expected only "
+                "layers between embedding and head to be: leave it out of what is wrapped (accelerate's FSDP: "
+                "transformer_layer_cls_to_wrap), or use model.gradient_checkpointing_enable()"
+            )
+
+
 def check_one_mask(model: nn.Module) -> None:
     """Refuse dropout in a doubled pass with shared masks: each half would draw its own masks.
 

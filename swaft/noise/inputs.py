@@ -35,12 +35,35 @@ class Inputs:
     """Factor of each row in a mean, shaped like the targets, where they are first and last tokens; None: 1."""
 
     def doubled(self) -> dict[str, Any]:
-        """The arguments for one pass over the batch concatenated with itself, (2B, ...)."""
+        """The arguments for one pass over the batch concatenated with itself, (2B, ...).
+
+        Raises:
+            NoiseError: an argument does not have one row per row of the batch (images, several of a text).
+        """
         rows = self.targets.shape[0]
+        for name in _of_other_rows(self.arguments, rows):
+            raise NoiseError(
+                f"{name} has shape {tuple(self.arguments[name].shape)} in a batch of {rows} rows, so "
+                "passes='doubled' cannot double it; expected one row per row. Set passes='two'."
+            )
         return {
             name: torch.cat([value, value]) if _is_per_row(value, rows) else value
             for name, value in self.arguments.items()
         }
+
+
+def as_arguments(batch: Any) -> dict[str, Any]:
+    """A batch as a plain dictionary.
+
+    Raises:
+        NoiseError: it is no mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise NoiseError(
+            f"The batch is a {type(batch).__name__}; expected the arguments of the model's forward by name, such "
+            "as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}."
+        )
+    return dict(batch)
 
 
 def prepare_inputs(model: nn.Module, batch: dict[str, Any]) -> Inputs:
@@ -100,6 +123,12 @@ def count_items(targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         return torch.full((), targets.numel(), dtype=torch.int64, device=targets.device)
     return (targets != IGNORE_INDEX).sum()
+
+
+def count_rows(batch: dict[str, Any]) -> int:
+    """Count the rows of a batch without labels by its first tensor, or else its first list; 1 if it has neither."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
+    return len(next(iter([*tensors, *(value for value in batch.values() if isinstance(value, list))]), (1,)))
 
 
 def mean_cross_entropy(logits: Tensor, inputs: Inputs, *, label_smoothing: float = 0.0) -> Tensor:
@@ -163,12 +192,17 @@ def task_logits(output: Any) -> Any:
 
 
 def proof_rows(model: nn.Module, batch: dict[str, Any], *, at_most: int) -> dict[str, Any]:
-    """Cut a batch down to a few rows, preferring rows with a label that counts."""
+    """Cut a batch down to a few rows, preferring rows with a label that counts.
+
+    It stays whole if it has several things per row (images of a text), since it does not say whose they are.
+    """
     labels = batch["labels"]
+    if _of_other_rows(batch, labels.shape[0]):
+        return batch
     counted = (prepare_inputs(model, batch).targets != IGNORE_INDEX).flatten(1).any(1)
     rows = counted.nonzero().flatten()[:at_most]
     if len(rows) == 0:
-        rows = torch.zeros(1, dtype=torch.int64, device=labels.device)
+        rows = torch.zeros(min(1, len(labels)), dtype=torch.int64, device=labels.device)
     return {
         name: value[rows] if _is_per_row(value, labels.shape[0]) else value for name, value in batch.items()
     }
@@ -224,6 +258,14 @@ def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
         f"{type(network).__name__} has no prepare_decoder_input_ids_from_labels; expected it, or "
         "decoder_input_ids in the batch. Have the data collator make them."
     )
+
+
+def _of_other_rows(arguments: dict[str, Any], rows: int) -> list[str]:
+    """Names of the tensors that have neither one row per row of the batch nor one for all."""
+    tensors = {
+        name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() > 1
+    }
+    return [name for name, value in tensors.items() if value.shape[0] not in (1, rows)]
 
 
 def _is_per_row(value: Any, rows: int) -> bool:

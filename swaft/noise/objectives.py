@@ -25,7 +25,9 @@ from swaft.noise.embedding import Disturbance, EmbeddingSite, find_site
 from swaft.noise.generator import Noise, add_noise
 from swaft.noise.head import LanguageModelHead, find_head
 from swaft.noise.inputs import (
+    as_arguments,
     count_items,
+    count_rows,
     find_targets,
     mean_cross_entropy,
     part,
@@ -84,6 +86,13 @@ class ObjectiveOutput:
         return {name: getattr(self, name).detach() for name in self.measured}
 
 
+class Proved(WeakSet[nn.Module]):
+    """Models on which an objective has made its proof; a copy of it, in another process say, has none of them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
 class Resumable:
     """The state of an objective that a resumed run needs, for ``accelerator.register_for_checkpointing``."""
 
@@ -126,7 +135,7 @@ class TaskLoss(Resumable):
 
     def __post_init__(self) -> None:
         require(self)
-        self._proved: WeakSet[nn.Module] = WeakSet()
+        self._proved = Proved()
 
     def prepare_model(self, model: nn.Module) -> None:
         """Nothing to prepare: the model's own loss is checked on the first batch."""
@@ -142,7 +151,8 @@ class TaskLoss(Resumable):
             NoiseError: the batch has no labels, or (with smoothing) the model's own loss is not the mean cross
                 entropy.
         """
-        loss, logits, num_items = (self._smoothed if self.label_smoothing else self._own)(model, batch)
+        loss_of = self._smoothed if self.label_smoothing else self._own
+        loss, logits, num_items = loss_of(model, as_arguments(batch))
         nothing = loss.detach().new_zeros(())
         return ObjectiveOutput(
             loss=loss,
@@ -165,8 +175,8 @@ class TaskLoss(Resumable):
                 "into the batch, and have the model return its loss by name (return_dict=True)."
             )
         if targets is None:  # labels under another name: a mean over texts
-            rows = len(next(iter(batch.values())))
-            return loss, task_logits(output), torch.full((), rows, dtype=torch.int64, device=loss.device)
+            rows = torch.full((), count_rows(batch), dtype=torch.int64, device=loss.device)
+            return loss, task_logits(output), rows
         num_items = count_items(targets)
         # The mean over no rows is NaN, but 0 in R3F.
         return loss.masked_fill(num_items == 0, 0.0), task_logits(output), num_items
@@ -221,7 +231,7 @@ class TwoPasses(Resumable):
             resolve_settings(self.preset or self._PRESET, generates=generates, **options)
             for generates in (False, True)
         )
-        self._proved: WeakSet[nn.Module] = WeakSet()
+        self._proved = Proved()
         self._first_batches = FirstBatches()
 
     def prepare_model(self, model: nn.Module) -> None:
@@ -238,6 +248,7 @@ class TwoPasses(Resumable):
         """The settings that apply to a model: presets may differ between classification and generation."""
         return self._generating if generates(model) else self._classifying
 
+    @torch._disable_dynamo  # in a compiled training step: each pass replaces parts of the model anew
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
         """Run the clean and the noised pass and combine them into one loss.
 
@@ -256,6 +267,7 @@ class TwoPasses(Resumable):
         name = type(self).__name__
         if model not in self._proved:  # the model may have changed since prepare_model
             check_model(model, name)
+        batch = as_arguments(batch)
         inputs = prepare_inputs(model, batch)
         settings, site, head = self._fitted(model)
         if unwrap(model).training:  # a wrapper has a flag of its own

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from swaft.errors import NoiseError
 from swaft.noise.checks import (
+    check_not_recomputed,
     check_rows,
     check_seeds,
     current_rank,
@@ -105,6 +106,8 @@ def prove(
     inputs = prepare_inputs(model, rows)
     noise = replace(noise, real=real_tokens(inputs.arguments))
     site, settings, objective = noise.site, noise.settings, noise.objective
+    for changed in filter(None, (site and site.embedding, head and head.linear)):
+        check_not_recomputed(model, changed, objective)
     with torch.no_grad(), _buffers_restored(model):
         with random_state_kept(model, batch):
             seed = torch.initial_seed()
@@ -222,13 +225,16 @@ def _check_output(output: Any, objective: str) -> None:
 
 @contextmanager
 def _buffers_restored(model: nn.Module) -> Iterator[None]:
-    """Undo changes that forward passes make to buffers (running statistics, vectors of a power iteration)."""
+    """Undo changes that forward passes make to buffers (running statistics, vectors of a power iteration).
+
+    Autograd is not told: a pass before this one may wait for its backward, for which it has kept buffers.
+    """
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         for buffer, value in before:
-            buffer.copy_(value)
+            buffer.data.copy_(value)
 
 
 class ArrivalFigures(NamedTuple):

@@ -10,7 +10,7 @@ import transformers
 from tiny_models import bart, bert, classification_batch, generation_batch, gradients_of, t5
 
 from swaft.errors import NoiseError
-from swaft.noise import R3F, R4F, RDrop, objectives
+from swaft.noise import R3F, R4F, RDrop, TaskLoss, objectives
 from swaft.noise.embedding import embedding_hook, find_site
 from swaft.noise.generator import add_noise
 from swaft.noise.presets import resolve_settings
@@ -103,6 +103,15 @@ def test_the_proof_changes_neither_gradients_nor_random_state(build, batch, monk
     unproved = run()
     for a, b in zip(proved, unproved, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "objective", [R3F(sigma=1e-2), RDrop(), TaskLoss(0.1)], ids=["r3f", "rdrop", "smoothed"]
+)
+def test_a_pass_before_the_proof_still_has_its_backward(objective):
+    model = bert()
+    pending = model(**classification_batch()).loss
+    (pending + objective(model, classification_batch()).loss).backward()
 
 
 def test_the_proof_leaves_the_power_iteration_where_it_was(monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from tiny_models import bert, causal_batch, classification_batch, generation_batch, gpt2, llama, t5
-from transformers import XLNetConfig, XLNetLMHeadModel
+from transformers import BatchEncoding, GPT2LMHeadModel, XLNetConfig, XLNetLMHeadModel
 
 from swaft.errors import NoiseError
 from swaft.noise import R3F, RDrop, TaskLoss
@@ -147,3 +149,73 @@ def test_a_model_that_does_not_shift_its_labels_counts_them_where_they_are():
     expected = torch.nn.functional.cross_entropy(logits[counted], batch["labels"][counted])
     assert out.num_items == counted.sum()
     torch.testing.assert_close(out.loss, expected)
+
+
+class Own(Mapping):
+    """A batch that is a mapping, and no dictionary."""
+
+    def __init__(self, items):
+        self._items = items
+
+    def __getitem__(self, name):
+        return self._items[name]
+
+    def __iter__(self):
+        return iter(self._items)
+
+    def __len__(self):
+        return len(self._items)
+
+
+OBJECTIVES = [TaskLoss(), TaskLoss(0.1), R3F(sigma=0.1), RDrop(passes="doubled")]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("kind", [BatchEncoding, Own])
+@pytest.mark.parametrize(("build", "make"), [(bert, classification_batch), (gpt2, causal_batch)])
+def test_any_mapping_is_a_batch(build, make, kind, objective):
+    losses = []
+    for batch in (make(), kind(make())):
+        torch.manual_seed(1)
+        objective.load_state_dict({"step": 0})
+        losses.append(objective(build(), batch).loss)
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_batch_that_is_no_mapping_is_refused(objective):
+    with pytest.raises(
+        NoiseError, match="batch is a tuple; expected the arguments of the model's forward by name"
+    ):
+        objective(bert(), tuple(classification_batch().values()))
+
+
+class Contrastive(torch.nn.Linear):
+    """Has a loss and no labels, as CLIP."""
+
+    def forward(self, pixels, return_loss=True, temperature=None, task=None):
+        return {"loss": super().forward(pixels).square().mean()}
+
+
+@pytest.mark.parametrize(
+    "first", [{"return_loss": True}, {"temperature": torch.ones(())}, {"task": "images"}]
+)
+def test_rows_without_labels_are_counted_by_what_has_rows(first):
+    assert TaskLoss()(Contrastive(3, 2), first | {"pixels": torch.ones(5, 3)}).num_items == 5
+
+
+class SeesImages(GPT2LMHeadModel):
+    """Wants two images per text."""
+
+    def forward(self, input_ids, images, **others):
+        assert len(images) == 2 * len(input_ids)
+        return super().forward(input_ids, **others)
+
+
+def test_several_images_a_text_are_proved_whole_and_not_doubled():
+    model, batch = gpt2(SeesImages), causal_batch()
+    assert len(batch["labels"]) > 2
+    batch["images"] = torch.ones(2 * len(batch["labels"]), 3)
+    assert R3F(sigma=0.1)(model, batch).divergence > 0
+    with pytest.raises(NoiseError, match=r"images has shape .* Set passes='two'"):
+        RDrop(passes="doubled")(model, batch)

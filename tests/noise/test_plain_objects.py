@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import namedtuple
 
 import numpy as np
@@ -106,3 +108,33 @@ def test_a_configuration_that_is_a_dictionary_is_read_for_its_dropout():
         RDrop().prepare_model(model)
     model.config["dropout"] = 0.5
     RDrop().prepare_model(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda objective: pickle.loads(pickle.dumps(objective))])
+@pytest.mark.parametrize("objective", [TaskLoss(0.1), R3F(sigma=0.1), RDrop()])
+def test_a_copy_of_an_objective_goes_on_at_its_step_and_makes_its_own_proof(objective, copied):
+    model, batch = bert(), classification_batch()
+    objective(model, batch)
+    again, losses = copied(objective), []
+    assert not again._proved
+    for each in (objective, again):
+        torch.manual_seed(1)
+        losses.append(each(model, batch).loss)
+    assert torch.equal(*losses)
+    assert again.step == objective.step
+
+
+@pytest.mark.parametrize("make", [lambda: R3F(sigma=0.1), RDrop])
+def test_an_objective_inside_a_compiled_step_is_the_same(make):
+    model, batch = bert(), classification_batch()
+    losses = []
+    for compiled in (False, True):
+        objective = make()
+
+        def step(rows, objective=objective):
+            return objective(model, rows).loss
+
+        torch.manual_seed(1)
+        compiled_step = torch.compile(step, backend="eager", disable=not compiled)
+        losses.append(torch.stack([compiled_step(batch) for _ in range(3)]))
+    assert torch.equal(*losses)

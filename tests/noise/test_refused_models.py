@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils.other import compile_regions
 from tiny_models import VOCABULARY, bert, causal_batch, classification_batch, generation_batch, t5
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     BartForCausalLM,
     BertForMaskedLM,
@@ -252,6 +253,22 @@ def test_reentrant_checkpointing_is_refused(kwargs):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     with pytest.raises(NoiseError, match=r'kwargs=\{"use_reentrant": False\}.*gradient_checkpointing=False'):
         R3F().prepare_model(model)
+
+
+def test_parts_that_a_pass_changes_must_not_be_recomputed_after_it():
+    model = bert()
+    model.bert.embeddings = checkpoint_wrapper(model.bert.embeddings)
+    with pytest.raises(NoiseError, match=r"bert\.embeddings \(BertEmbeddings\) is recomputed .* Embedding"):
+        R3F(sigma=0.1)(model, classification_batch())
+    whole = checkpoint_wrapper(t5())
+    with pytest.raises(
+        NoiseError, match=r"T5ForConditionalGeneration\) is recomputed .* changes in its Linear"
+    ):
+        RDrop()(whole, generation_batch())
+    layers = bert()
+    layers.bert.encoder.layer[0] = checkpoint_wrapper(layers.bert.encoder.layer[0])
+    layers.bert.embeddings.word_embeddings = checkpoint_wrapper(layers.bert.embeddings.word_embeddings)
+    assert R3F(sigma=0.1)(layers, classification_batch()).divergence > 0
 
 
 def test_several_labels_a_row_are_refused():

@@ -148,9 +148,9 @@ def opt(*, dropout: float = 0.1) -> Any:
     )
 
 
-def gpt2(*, dropout: float = 0.1) -> Any:
+def gpt2(kind: type = transformers.GPT2LMHeadModel, *, dropout: float = 0.1) -> Any:
     return built(
-        transformers.GPT2LMHeadModel,
+        kind,
         n_positions=32,
         n_embd=16,
         n_layer=2,
