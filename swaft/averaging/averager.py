@@ -292,9 +292,11 @@ class WeightAverager:
         """
         raise AveragingError(
             "the averages are sharded over the ranks, and a state dict (as accelerator.register_for_checkpointing "
-            "keeps it) would hold those of rank 0; expected averager.save_state(path) and averager.load_state "
-            "on all ranks, or swaft.register_averager(accelerator, averager)"
+            "keeps it), a pickle or a copy would hold those of one rank; expected averager.save_state(path) and "
+            "averager.load_state on all ranks, or swaft.register_averager(accelerator, averager)"
         )
+
+    __reduce__ = state_dict  # type: ignore[assignment]  # nor is it pickled or copied
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -393,8 +395,8 @@ class WeightAverager:
             if not self._counts[name] and first < self._since:
                 raise AveragingError(
                     f"the weights after step {first} were to be the first member of {name!r}, but the averager was "
-                    f"attached after that step; attach it before step {first} of the run, load the averages that "
-                    "were saved then (averager.load_state), or choose a later start"
+                    f"attached after that step; attach it before step {first} of the run (with first_step=0 if a "
+                    "new run begins here), load the averages of then (averager.load_state), or choose a later start"
                 )
         self.engine.prove_member(step, is_first=not any(self._counts.values()))
         self._averages.submit(self.engine.masters(), step=step, rules=taking)

@@ -4,9 +4,9 @@ If the working weights are a cast of separate masters, no backup is kept: the ma
 masters and weights are the same tensors are the live ones stashed, sharded over the ranks like the average. Buffers
 that training changes are copied and put back.
 
-The state of a swap belongs to the module (:class:`Swap`), so several averagers of one model know of it. The hooks
-that stay on a module are plain functions that look this state up. So a module with an averager attached can be
-pickled and copied, and a copy is independent of the swaps and averagers of the original.
+The state of a swap belongs to the module (:class:`Swap`), so several averagers of one model, or of parts of it,
+know of it. The hooks that stay on a module are plain functions that look this state up. So a module with an
+averager attached can be pickled and copied, and a copy is independent of the swaps and averagers of the original.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def swapped_in(
     if engine.masters_are_working() or engine.misplaced() is not None:
         engine.swap.stash = engine.read(engine.working())
     engine.swap.buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-    engine.swap.active = True
+    engine.swap.entered = True
     try:
         _put_in(engine, shard)
         for name, values in (statistics or {}).items():
@@ -150,8 +150,10 @@ def rescales(module: nn.Module) -> bool:
 class Swap:
     """The swap state of one module, shared by all engines that use it."""
 
-    active: bool = False
-    """Whether other weights have replaced the live ones."""
+    module: ReferenceType[nn.Module]
+    """The module."""
+    entered: bool = False
+    """Whether other weights have replaced the module's live ones."""
     stash: Tensor | None = None
     """The owned live elements while active, if the engine keeps no other copy of them."""
     buffers: dict[str, Tensor] = field(default_factory=dict)
@@ -161,10 +163,22 @@ class Swap:
     _guards: ExitStack = field(default_factory=ExitStack)
     _lifted: bool = False
 
+    @property
+    def active(self) -> bool:
+        """Whether other weights have replaced the live ones, at least of a part that another module shares."""
+        return any(swap.entered and self._overlaps(swap) for swap in list(_SWAPS.values()))
+
     def let_readers_finish(self) -> None:
         """Block until nothing reads the live weights any more."""
-        for reader in self.readers:
-            reader.release_masters()
+        for swap in filter(self._overlaps, list(_SWAPS.values())):
+            for reader in swap.readers:
+                reader.release_masters()
+
+    def _overlaps(self, other: Swap) -> bool:
+        """Whether the modules have parameters in common: they are the same, or one contains the other."""
+        modules = self.module(), other.module()
+        mine, others = ({id(p) for p in module.parameters()} if module else set() for module in modules)
+        return self is other or not mine.isdisjoint(others)
 
     def guard(self, module: nn.Module, outer: nn.Module, calls: Iterable[str]) -> None:
         """Refuse, until :meth:`end`, any call that hands out the weights as the live ones, or replaces them.
@@ -216,7 +230,7 @@ class Swap:
     def end(self) -> None:
         """End the swap: the live weights are back."""
         self._guards.close()
-        self.active, self.stash, self.buffers = False, None, {}
+        self.entered, self.stash, self.buffers = False, None, {}
 
 
 class _Refusal:
@@ -249,7 +263,7 @@ _SWAPS: WeakKeyDictionary[nn.Module, Swap] = WeakKeyDictionary()
 def swap_of(module: nn.Module) -> Swap:
     """The one `Swap` of an unwrapped module."""
     if module not in _SWAPS:
-        _SWAPS[module] = Swap()
+        _SWAPS[module] = Swap(ref(module))
         module.register_load_state_dict_pre_hook(_finish_reading)
     return _SWAPS[module]
 

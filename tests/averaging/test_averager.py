@@ -189,6 +189,31 @@ def test_two_averagers_of_one_model_know_of_each_others_swap(tmp_path):
     assert torch.equal(torch.cat([saved[name].flatten() for name in model.state_dict()]), live)
 
 
+@pytest.mark.parametrize("swapped", ["whole", "part"])
+def test_averagers_of_a_model_and_of_a_part_of_it_know_of_each_others_swap(swapped):
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    of = {
+        name: swaft.WeightAverager(module, optimizer, rule=swaft.SWA(start=0), total_steps=4)
+        for name, module in (("whole", model), ("part", model[0]))
+    }
+    for _ in range(3):
+        take_step(model, optimizer)
+        for averager in of.values():
+            averager.step()
+    inside, other = of.pop(swapped), *of.values()
+    take_step(model, optimizer)
+    inside.step()
+    live = flat(model)
+    with inside.swapped_in():
+        for call in (other.step, other.drift, lambda: other.swapped_in().__enter__()):
+            with pytest.raises(AveragingError, match="swapped in"):
+                call()
+    assert torch.equal(flat(model), live)
+    other.step()
+    assert other.count() == 5
+
+
 def test_a_trainable_parameter_outside_the_optimizer_is_refused_by_name():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(LayoutError, match=r"'1\.weight'.*requires_grad_"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -144,7 +146,7 @@ def test_a_state_takes_the_place_of_an_older_one_where_that_is_asked_for(tmp_pat
 
 def test_a_checkpoint_of_accelerates_that_would_keep_one_ranks_averages_is_refused():
     _, _, averager = start()
-    with pytest.raises(AveragingError, match=r"would hold those of rank 0; expected .*register_averager"):
+    with pytest.raises(AveragingError, match=r"would hold those of one rank; expected .*register_averager"):
         Accelerator(cpu=True).register_for_checkpointing(averager)
 
 
@@ -328,3 +330,12 @@ def test_a_run_past_its_end_is_resumed_and_trained_on_as_the_refusals_say(tmp_pa
         train(model, optimizer, unbroken, step, step + 1)
         resumed.step()
     assert torch.equal(resumed.shard(), unbroken.shard())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_an_averager_is_neither_pickled_nor_copied(copied):
+    _, _, averager = start()
+    with pytest.raises(
+        AveragingError, match=r"a pickle or a copy would .* expected averager\.save_state\(path\)"
+    ):
+        copied(averager)

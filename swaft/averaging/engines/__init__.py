@@ -63,6 +63,14 @@ def _attach_torch(model: nn.Module, optimizers: Sequence[Any]) -> Engine:
             f"the optimizer is {found}, expected a torch.optim.Optimizer, or several in a list, the last to step "
             "at the end; pass model and optimizer as `accelerator.prepare` returned them"
         )
+    for each in optimizers:
+        if not hasattr(each, "_optimizer_step_pre_hooks"):  # what torch's own __init__ sets
+            name = type(each).__name__
+            raise UnsupportedEngineError(
+                f"{name} does not call the __init__ of torch.optim.Optimizer, so its steps cannot be seen; "
+                "expected one that does. If it wraps another optimizer, attach to that one: "
+                "WeightAverager(model, wrapper.optimizer, ...)"
+            )
     module, wrapped = _unwrap(model)
     parts = {cls.__name__ for part in module.modules() for cls in type(part).__mro__}
     if "FullyShardedDataParallel" in parts:
@@ -91,10 +99,10 @@ def _attach_torch(model: nn.Module, optimizers: Sequence[Any]) -> Engine:
             "Accelerator(cpu=True), or TrainingArguments(use_cpu=True)"
         )
     devices = {parameter.device for parameter in module.parameters() if parameter.requires_grad}
-    if len(devices) > 1:
+    if len(devices) > 1 or torch.device("meta") in devices:
         raise UnsupportedEngineError(
             f"the trained parameters lie on {', '.join(sorted(map(str, devices)))}, expected one device per "
-            "process; load the model without device_map"
+            "process, where they have values; load the model without device_map"
         )
     return ReplicatedEngine(
         "ddp" if wrapped else "plain",

@@ -328,8 +328,19 @@ class Engine(ABC):
         return checksum(self._owned(self.working()))
 
     def _stashed(self) -> Tensor | None:
-        """The owned live elements, if a swap has overwritten the masters themselves."""
-        return self.swap.stash if self.swap.stash is not None and self.masters_are_working() else None
+        """The owned live elements, if a swap has overwritten the masters themselves.
+
+        Raises:
+            AveragingError: they have been overwritten by a swap of another module, which has part of them.
+        """
+        if not self.swap.active or not self.masters_are_working():
+            return None
+        if not self.swap.entered:
+            raise AveragingError(
+                "averaged weights are swapped in by an averager of another module that shares parameters with this "
+                "one, and the live weights were asked for; leave that `swapped_in()` first"
+            )
+        return self.swap.stash
 
     @cached_property
     def _pieces(self) -> list[Span]:

@@ -180,8 +180,8 @@ class StepCounter:
             if not self.superseded:
                 raise AveragingError(
                     f"another {type(optimizer).__name__} than the one the averager was attached to has stepped "
-                    "the averaged parameters, and its steps would not be counted; attach a new averager after "
-                    "the optimizer is rebuilt"
+                    "the averaged parameters, and its steps would not be counted; attach a new averager after the "
+                    "optimizer is rebuilt, or attach to the one whose step() is called (of a wrapper, say)"
                 )
 
     def _counts_instead(self, older: StepCounter, optimizer: Optimizer) -> bool:

@@ -100,6 +100,26 @@ def test_what_is_no_torch_optimizer_is_refused():
         attach_engine(two_layers(), object())
 
 
+class Lookahead(torch.optim.Optimizer):
+    """Wraps an optimizer without calling the parent's __init__, as many do."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, {}
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+def test_an_optimizer_whose_steps_cannot_be_seen_is_refused_and_the_wrapped_one_is_not():
+    model = two_layers()
+    wrapper = Lookahead(sgd(model))
+    with pytest.raises(
+        UnsupportedEngineError, match=r"Lookahead does not call the __init__.*wrapper\.optimizer"
+    ):
+        attach_engine(model, wrapper)
+    attach_engine(model, wrapper.optimizer)
+
+
 @pytest.mark.parametrize(
     ("dtype", "reason"), [(torch.bfloat16, "stops moving"), (torch.float64, "averages fp32 alone")]
 )
@@ -116,6 +136,11 @@ def test_a_model_over_several_devices_is_refused():
     model = two_layers()
     model[1].to("meta")
     with pytest.raises(UnsupportedEngineError, match=r"lie on cpu, meta, expected one device.*device_map"):
+        attach_engine(model, sgd(model))
+    model[0].to("meta")
+    with pytest.raises(
+        UnsupportedEngineError, match=r"lie on meta, expected one device.*where they have values"
+    ):
         attach_engine(model, sgd(model))
 
 
