@@ -321,6 +321,18 @@ def test_a_callback_that_another_trainer_has_trained_with_is_not_evaluated(tmp_p
         pass
 
 
+def test_a_model_that_the_trainer_was_given_after_training_has_no_average(tmp_path, averaging):
+    run = trainer(tmp_path, averaging, max_steps=4, eval_strategy="no", save_strategy="no")
+    run.train()
+    trained = run.model
+    run.model = run.model_wrapped = model()
+    assert "eval_averaged_loss" not in run.evaluate()
+    with pytest.raises(AveragingError, match="has been given another model"), averaged_weights(run):
+        pass
+    run.model = run.model_wrapped = trained
+    assert "eval_averaged_loss" in run.evaluate()
+
+
 def test_the_page_of_a_trainers_run_has_the_loss_between_both_weights(tmp_path, averaging):
     run = trainer(tmp_path, averaging, eval_strategy="no")
     run.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -164,3 +165,37 @@ def test_an_objective_trains_only_while_its_callback_is_there(tmp_path):
     run.add_callback(NoiseCallback(first))
     with pytest.raises(NoiseError, match="twice"):
         run.train()
+
+
+class OwnStep(Trainer):
+    """Computes its loss without `compute_loss`."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model.train()(**self._prepare_inputs(inputs)).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class OwnStepAround(Trainer):
+    """Does something before each step."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def test_a_training_step_that_never_asks_the_objective_is_refused_after_its_first_step(tmp_path):
+    for kind in (OwnStepAround, OwnStep):
+        run = trainer(
+            tmp_path, NoiseCallback(swaft.R3F(sigma=0.01)), kind=kind, max_steps=2, save_strategy="no"
+        )
+        with (
+            nullcontext() if kind is OwnStepAround else pytest.raises(NoiseError, match=r"step 1 .*OwnStep\.")
+        ):
+            run.train()
+
+
+@pytest.mark.parametrize("first", [{"output_attentions": False}, {"return_dict": True}])
+def test_rows_of_batches_without_labels_are_counted_whatever_comes_first(tmp_path, first):
+    run, callback = trainer(tmp_path, max_steps=1), NoiseCallback(swaft.R3F())
+    callback._trainer = run
+    assert callback._rows(first | {"input_ids": torch.ones(5, 2).long()}) == 5

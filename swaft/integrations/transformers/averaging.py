@@ -197,8 +197,14 @@ class WeightAveragingCallback(TrainerCallback):
         return f" (as of {checkpoint.name}, the best checkpoint)"
 
     def averager_of(self, trainer: Trainer) -> WeightAverager | None:
-        """Return the averager of a Trainer's run; None if it has not trained, or another Trainer has since."""
-        return self.averager if self.averager is not None and self._trainer is trainer else None
+        """Return the averager of a Trainer's run; None if it has not trained, another Trainer has since, or it has
+        been given another model.
+        """
+        if self.averager is None or self._trainer is not trainer:
+            return None
+        trained, held = self.averager.engine.module, trainer.model
+        wraps = trained in set(held.modules()) or held in set(trained.modules())  # or is the same
+        return self.averager if wraps else None
 
     @property
     def _attached(self) -> WeightAverager:
@@ -226,8 +232,8 @@ def averaged_weights(trainer: Trainer, name: str | None = None) -> Iterator[None
     averager = callback.averager_of(trainer)
     if averager is None:
         raise AveragingError(
-            "the Trainer has averaged nothing yet, or another Trainer has trained with its callback since; call "
-            "trainer.train() first, and give every Trainer a callback of its own"
+            "the Trainer has averaged nothing yet, has been given another model, or another Trainer has trained "
+            "with its callback since; call trainer.train() first, and give every Trainer a callback of its own"
         )
     with _swapped_in(trainer, averager, name):
         yield

@@ -20,7 +20,7 @@ from swaft.integrations.transformers.calling import (
     those_of_kind,
 )
 from swaft.noise import R4F
-from swaft.noise.inputs import count_items, find_targets
+from swaft.noise.inputs import as_arguments, count_items, count_rows, find_targets
 from swaft.noise.objectives import Resumable
 
 OBJECTIVE_STATE = "noise.json"
@@ -49,7 +49,8 @@ class NoiseCallback(TrainerCallback):
     Raises:
         NoiseError: when training begins: R4F, whose head the Trainer cannot save; a trainer with another loss than
             the mean cross entropy of the labels (DPO, a subclass with its own `compute_loss`), `compute_loss_func`,
-            `label_smoothing_factor` (pass it to the objective instead), or several devices in one process.
+            `label_smoothing_factor` (pass it to the objective instead), or several devices in one process. After
+            the first step: a subclass whose `training_step` does not call `compute_loss`.
         ConfigError: when training begins, with ``enable_jit_checkpoint``: its checkpoint would hold no step.
         StateError: when training resumes: the checkpoint holds no state of an objective.
     """
@@ -60,6 +61,7 @@ class NoiseCallback(TrainerCallback):
         self._steps = 0
         self._own: dict[str, Any] = {}  # methods that had been replaced on the Trainer before
         self._counted = torch.ones(())
+        self._computed = False  # whether the objective has computed a loss since the last step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Replace the loss by the objective, and resume its step."""
@@ -71,12 +73,23 @@ class NoiseCallback(TrainerCallback):
         _require_plain_loss(self._trainer, self.objective)
         if state.global_step:
             self.objective.load_state_dict(_read_objective_state(resumed_from or checkpoint_of(args, state)))
-        self._sums, self._steps = {}, 0
+        self._sums, self._steps, self._computed = {}, 0, False
         self._own = {name: vars(self._trainer)[name] for name in REPLACED if name in vars(self._trainer)}
         TRAIN_NOISE.add(self._trainer)
         self._trainer.compute_loss = self._in_place_of(self._trainer.compute_loss)
         self._trainer.get_batch_samples = self._counting(self._trainer.get_batch_samples)
         self._trainer.log = self._logging(self._trainer.log)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse to train another loss than the objective's."""
+        if not self._computed:
+            method = type(self._trainer).training_step.__qualname__
+            raise NoiseError(
+                f"the loss of step {state.global_step} did not come from the objective: {method} does not call "
+                "self.compute_loss, or the model is in evaluation mode; expected compute_loss to be called, on a "
+                "model in training mode. Change that, or leave NoiseCallback out and call the objective there"
+            )
+        self._computed = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the Trainer its own loss back."""
@@ -104,6 +117,7 @@ class NoiseCallback(TrainerCallback):
             if not model.training or self not in self._trainer.callback_handler.callbacks:
                 return compute_loss(model, inputs, return_outputs, num_items_in_batch)
             out = self.objective(model, inputs)
+            self._computed = True
             share = out.num_items / self._counted
             measured = {name: value.float() * share for name, value in out.logged.items() if name in LOGGED}
             self._sums = {name: self._sums.get(name, 0.0) + value for name, value in measured.items()}
@@ -139,8 +153,9 @@ class NoiseCallback(TrainerCallback):
         return counted
 
     def _rows(self, batch: dict[str, Any]) -> int | torch.Tensor:
+        batch = as_arguments(batch)
         targets = find_targets(self._trainer.model, batch)
-        return len(next(iter(batch.values()))) if targets is None else count_items(targets)
+        return count_rows(batch) if targets is None else count_items(targets)
 
     def _logging(self, log: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(log)
