@@ -248,7 +248,8 @@ class TwoPasses(Resumable):
         """The settings that apply to a model: presets may differ between classification and generation."""
         return self._generating if generates(model) else self._classifying
 
-    @torch._disable_dynamo  # in a compiled training step: each pass replaces parts of the model anew
+    # In a compiled training step: each pass replaces parts of the model anew.
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> ObjectiveOutput:
         """Run the clean and the noised pass and combine them into one loss.
 

@@ -131,7 +131,7 @@ def average(
         StateError: a checkpoint is damaged, or of another model than the first, or the folder could not be written.
             No folder is left then.
     """
-    paths, output = [Path(path) for path in checkpoints], Path(output)
+    paths, output = _paths(checkpoints), Path(output)
     refuse_occupied(output)
     opened = _opened(
         paths,
@@ -170,6 +170,12 @@ def average(
     return soup
 
 
+def _paths(checkpoints: Sequence[str | PathLike[str]]) -> list[Path]:
+    if isinstance(checkpoints, str | PathLike):
+        raise ConfigError(f"checkpoints is {str(checkpoints)!r}; expected a list of folders")
+    return [Path(path) for path in checkpoints]
+
+
 def average_greedily(
     checkpoints: Sequence[str | PathLike[str]],
     output: str | PathLike[str],
@@ -192,8 +198,10 @@ def average_greedily(
         ConfigError: as for :func:`average`.
         StateError: as for :func:`average`.
     """
-    paths, output = [Path(path) for path in checkpoints], Path(output)
+    paths, output = _paths(checkpoints), Path(output)
     refuse_occupied(output)
+    if how.get("weights") is not None:
+        raise ConfigError("average_greedily chooses among uniform means; expected no weights")
     with _opened(paths, **how):
         pass  # what cannot be averaged is refused before the first score
     with place_beside(output) as place:
@@ -223,12 +231,20 @@ def choose_greedily(
         higher_is_better: whether higher scores are better, or lower ones.
 
     Raises:
+        ConfigError: a score is not one number.
         StateError: a score is NaN, as for weights that have diverged.
     """
     sign = 1.0 if higher_is_better else -1.0
 
     def asked(chosen: Sequence[int]) -> float:
-        if math.isnan(found := score(chosen)):
+        scored = score(chosen)
+        try:
+            found = float(scored)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"score returned {type(scored).__name__}, expected one number: metrics['accuracy'], say"
+            ) from error
+        if math.isnan(found):
             raise StateError(
                 f"the score of candidates {[*chosen]} is not a number; leave out what has diverged"
             )

@@ -71,6 +71,12 @@ def test_what_was_set_on_the_trainer_itself_is_refused_or_put_back(tmp_path):
         run.train()
 
 
+@pytest.mark.parametrize("objective", [swaft.R3F, "r3f", None])
+def test_what_is_no_objective_is_refused_at_once(objective):
+    with pytest.raises(NoiseError, match=r"objective is .*; expected one, such as swaft\.R3F\("):
+        NoiseCallback(objective)
+
+
 def test_r4f_is_refused_because_the_trainer_could_not_save_its_head(tmp_path):
     with pytest.raises(NoiseError, match="parametrization"):
         trainer(tmp_path, NoiseCallback(swaft.R4F())).train()

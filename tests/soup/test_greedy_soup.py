@@ -48,6 +48,19 @@ def test_equal_candidates_are_tried_in_the_order_they_were_named():
     assert seen == [(0,), (1,), (2,), (0, 1), (0, 1, 2)]
 
 
+@pytest.mark.parametrize("score", [None, {"accuracy": 1.0}, "high"])
+def test_a_score_that_is_not_one_number_is_refused(score):
+    with pytest.raises(ConfigError, match=rf"score returned {type(score).__name__}, expected one number"):
+        choose_greedily(2, lambda _: score, higher_is_better=True)
+
+
+def test_a_single_path_is_no_list_of_checkpoints(tmp_path):
+    path, *_ = folders(tmp_path, 1)
+    for given in (path, str(path)):
+        with pytest.raises(ConfigError, match=r"checkpoints is .*in0'; expected a list of folders"):
+            average(given, tmp_path / "out")
+
+
 def test_the_written_folder_is_the_mean_of_the_chosen(tmp_path):
     paths, scored = folders(tmp_path, 3), []
 
@@ -67,6 +80,7 @@ MISFITS = {
     "a base that is not there": ({"base": "nowhere"}, "nowhere"),
     "a rank for whole models": ({"lora_rank": 4}, "lora_rank is set"),
     "a rule without averages": ({"rule": "swa"}, "rule is 'swa'"),
+    "weights for uniform means": ({"weights": [1, 2]}, "expected no weights"),
     "a checkpoint of another model": ({}, "only in the first"),
 }
 

@@ -202,7 +202,7 @@ class WeightAveragingCallback(TrainerCallback):
         """
         if self.averager is None or self._trainer is not trainer:
             return None
-        trained, held = self.averager.engine.module, trainer.model
+        trained, held = self.averager.engine.module, self._trainer.model
         wraps = trained in set(held.modules()) or held in set(trained.modules())  # or is the same
         return self.averager if wraps else None
 

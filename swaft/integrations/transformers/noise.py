@@ -47,16 +47,21 @@ class NoiseCallback(TrainerCallback):
         objective: such as ``swaft.R3F(preset="relative", sigma=0.5)``.
 
     Raises:
-        NoiseError: when training begins: R4F, whose head the Trainer cannot save; a trainer with another loss than
-            the mean cross entropy of the labels (DPO, a subclass with its own `compute_loss`), `compute_loss_func`,
-            `label_smoothing_factor` (pass it to the objective instead), or several devices in one process. After
-            the first step: a subclass whose `training_step` does not call `compute_loss`.
+        NoiseError: this is no objective. When training begins: R4F, whose head the Trainer cannot save; a trainer
+            with another loss than the mean cross entropy of the labels (DPO, a subclass with its own
+            `compute_loss`), `compute_loss_func`, `label_smoothing_factor` (pass it to the objective instead), or
+            several devices in one process. After the first step: a subclass whose `training_step` does not call
+            `compute_loss`.
         ConfigError: when training begins, with ``enable_jit_checkpoint``: its checkpoint would hold no step.
         StateError: when training resumes: the checkpoint holds no state of an objective.
     """
 
     def __init__(self, objective: Any):
-        self.objective = objective
+        if isinstance(objective, type) or not callable(objective):
+            raise NoiseError(
+                f"objective is {objective!r}; expected one, such as swaft.R3F(preset='relative')"
+            )
+        self.objective: Any = objective
         self._sums: dict[str, torch.Tensor] = {}
         self._steps = 0
         self._own: dict[str, Any] = {}  # methods that had been replaced on the Trainer before
