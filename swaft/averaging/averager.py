@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from swaft.averaging import export
 from swaft.averaging.buffers import Statistics, recompute_statistics
 from swaft.averaging.engines import attach_engine
-from swaft.averaging.engines.steps import begin
+from swaft.averaging.engines.steps import begin, refuse_missed
 from swaft.averaging.rules import RECOMMENDED, Plan, Readout, Rule
 from swaft.averaging.rules.base import plan_all
 from swaft.averaging.shards import beside_live, blended
@@ -161,8 +161,8 @@ class WeightAverager:
                 exactly the average at 1. None: the blend of the readout.
 
         Raises:
-            AveragingError: nothing is averaged yet, a swap is active, or the average never moved; on exit: weights
-                were changed inside.
+            AveragingError: nothing is averaged yet, members were missed, a swap is active, or the average never
+                moved; on exit: weights were changed inside.
         """
         chosen = self.chosen(readout, blend)
         shard = self.shard_together(chosen)
@@ -221,7 +221,7 @@ class WeightAverager:
             note: for the model card, added to what it says these weights are.
 
         Raises:
-            AveragingError: nothing is averaged yet, the average never moved, or the folder exists.
+            AveragingError: nothing is averaged yet, members were missed, it never moved, or the folder exists.
             ConfigError: there is no such dtype.
         """
         chosen = self.chosen(readout, blend)
@@ -251,9 +251,10 @@ class WeightAverager:
 
         Raises:
             StateError: the state could not be written. Raised on every rank, and nothing is left behind.
-            AveragingError: the latest member was refused, or averaging failed on a rank.
+            AveragingError: the latest member was refused, members were missed, or averaging failed on a rank.
         """
         with self.engine.ranks.together():
+            self._refuse_stale()
             self.wait()
             self.engine.check_trainable()
         save_averages(self.engine, self._averages, path, self.applied_steps, overwrite=overwrite)
@@ -376,14 +377,12 @@ class WeightAverager:
                 f"the engine's step count went back from {before} to {applied}: a checkpoint was loaded after the "
                 "averager was attached; attach a new averager after loading"
             )
-        between = range(before + 1, applied)
-        missed = [step for step in between if any(plan.takes(step) for plan in self._plans.values())]
-        if missed:
-            raise AveragingError(
-                f"the optimizer took {applied - before} steps since the last `averager.step()`, and step "
-                f"{missed[0]} among them was to be averaged; expected a call after every optimizer step, and an "
-                "averager that is attached after a checkpoint was loaded, not before"
-            )
+        refuse_missed(self._plans.values(), before, applied)
+
+    def _refuse_stale(self) -> None:
+        """Refuse to read or save averages that lack members because :meth:`step` was not called."""
+        if self.close.alive and not self.engine.superseded:
+            refuse_missed(self._plans.values(), self.applied_steps, self.engine.applied_steps())
 
     def _take_in(self, step: int) -> None:
         taking = tuple(name for name, plan in self._plans.items() if plan.takes(step))
@@ -418,6 +417,7 @@ class WeightAverager:
 
     def _ready(self, chosen: Readout) -> Lanes:
         """The lanes of a rule, once every member is in them."""
+        self._refuse_stale()
         self.wait()
         lanes = self._averages.lanes[self._named(chosen.rule)]
         if lanes.count == 0:

@@ -155,6 +155,7 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch = MEMORY) 
     Returns:
         name to (parameter shape), fp32.
     """
+    engine.check_shapes()
     ranks, everyone = engine.ranks, engine.ranks.gather(engine.fragments)
     weights = room_for(engine, engine.trainable, scratch)
     if not ranks.is_main:

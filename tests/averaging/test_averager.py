@@ -13,6 +13,7 @@ from small_runs import attached, flat, take_step, training
 from torch import nn
 
 import swaft
+from swaft.averaging import save_pretrained
 from swaft.averaging.arithmetic import reference_mean
 from swaft.errors import AveragingError, LayoutError
 
@@ -92,6 +93,55 @@ def test_missed_members_are_an_error_not_a_gap():
         take_step(model, optimizer)
     with pytest.raises(AveragingError, match="call after every optimizer step"):
         averager.step()
+
+
+@pytest.mark.parametrize("taken", [0, 3], ids=["never", "no more"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda averager, folder: averager.swapped_in().__enter__(),
+        lambda averager, folder: averager.save_pretrained(folder / "out"),
+        lambda averager, folder: averager.save_state(folder / "out"),
+        lambda averager, folder: averager.drift(),
+        lambda averager, folder: averager.lane_shards(),
+    ],
+    ids=["swap", "export", "state", "drift", "lanes"],
+)
+def test_an_average_that_was_not_told_of_the_steps_is_not_read(tmp_path, read, taken):
+    model = nn.Linear(3, 2)
+    optimizer, averager = attached(model)
+    for step in range(taken + 3):
+        take_step(model, optimizer)
+        if step < taken:
+            averager.step()
+    with pytest.raises(AveragingError, match=rf"3 steps since the last.*step {taken + 1} among them"):
+        read(averager, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_average_may_be_read_before_the_latest_step_is_told_and_after_it_was_closed():
+    model = nn.Linear(3, 2)
+    optimizer, averager = attached(model)
+    take_step(model, optimizer)
+    averager.step()
+    take_step(model, optimizer)
+    before = averager.shard().clone()
+    averager.close()
+    for _ in range(3):
+        take_step(model, optimizer)
+    assert torch.equal(averager.shard(), before)
+
+
+def test_parameters_that_are_resized_in_place_are_refused(tmp_path):
+    model = nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 2))
+    optimizer, averager = attached(model)
+    model(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+    averager.step()
+    model[0].weight.data = torch.ones(7, 2)  # as resize_token_embeddings does
+    for read in (averager.save_pretrained, averager.save_state, partial(save_pretrained, averager.engine)):
+        with pytest.raises(LayoutError, match=r"'0\.weight' has shape \(7, 2\), and had \(5, 2\)"):
+            read(tmp_path / "out")
 
 
 def test_an_average_that_never_moves_is_an_error():

@@ -98,13 +98,18 @@ class Engine(ABC):
         Raises:
             AveragingError: another optimizer trains the weights now, and a newer averager is attached to it.
         """
-        if getattr(self._steps_seen, "superseded", False):  # DeepSpeed counts by itself
+        if self.superseded:
             raise AveragingError(
                 "the weights are trained by another optimizer now, and a newer averager is attached to it, so this "
                 "averager takes in nothing more; call `step()` of the newer one (what this one has averaged can "
                 "still be read)"
             )
         return self._steps_before + self._steps_seen()
+
+    @property
+    def superseded(self) -> bool:
+        """Whether another optimizer trains the weights now, and a newer averager is attached to it."""
+        return getattr(self._steps_seen, "superseded", False)  # DeepSpeed counts by itself
 
     def continue_from(self, step: int) -> None:
         """Count the current weights as those after ``step`` optimizer steps: a run resumes here."""
@@ -172,6 +177,10 @@ class Engine(ABC):
         return self._names[id(parameter)]
 
     @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: self.full_shape(parameter) for name, parameter in self.trainable.items()}
+
+    @cached_property
     def _names(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in self.trainable.items()}
 
@@ -203,7 +212,8 @@ class Engine(ABC):
             LayoutError: on every rank; names the parameter.
         """
         fragments = self.ranks.gather(self.fragments)
-        check_coverage(fragments, {name: self.full_shape(p).numel() for name, p in self.trainable.items()})
+        self.check_shapes()
+        check_coverage(fragments, {name: shape.numel() for name, shape in self._shapes.items()})
         self.ranks.raise_together(self.misplaced())
 
     def prove_member(self, step: int, *, is_first: bool) -> None:
@@ -260,6 +270,7 @@ class Engine(ABC):
                     f"{name!r} became trainable after the averager was attached, so it is not in the average; "
                     "attach the averager after the last parameter is unfrozen"
                 )
+        self.check_shapes()
         if self._attached_with is None or self.swap.active:
             return
         steps, bits = self._attached_with
@@ -269,6 +280,20 @@ class Engine(ABC):
                 "nothing was averaged: steps inside a replayed CUDA graph cannot be seen. Call `optimizer.step()` "
                 "outside of the graph, and load weights before the averager is attached"
             )
+
+    def check_shapes(self) -> None:
+        """Refuse parameters that were resized in place, of which the fragments no longer cover every element.
+
+        Raises:
+            LayoutError: names the parameter.
+        """
+        for name, parameter in self.trainable.items():
+            found, known = tuple(self.full_shape(parameter)), tuple(self._shapes[name])
+            if found != known:
+                raise LayoutError(
+                    f"{name!r} has shape {found}, and had {known} when the averager was attached; export the "
+                    "average before parameters are resized (resize_token_embeddings), attach a new averager after"
+                )
 
     @torch.no_grad()
     def misplaced(self) -> LayoutError | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.optimizer import (
@@ -20,6 +20,7 @@ from swaft.options import WholeNumber, require_value
 
 if TYPE_CHECKING:
     from swaft.averaging.engines.base import Engine
+    from swaft.averaging.rules import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,27 @@ def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:
             type(engine.inner_optimizer).__name__,
         )
     return step
+
+
+def refuse_missed(plans: Iterable[Plan], before: int, applied: int) -> None:
+    """Refuse to go on if members were due between two calls of `WeightAverager.step`.
+
+    Args:
+        plans: of all rules.
+        before: the applied step of the last call.
+        applied: the applied step now.
+
+    Raises:
+        AveragingError: names the first step that was missed.
+    """
+    plans = list(plans)
+    missed = [step for step in range(before + 1, applied) if any(plan.takes(step) for plan in plans)]
+    if missed:
+        raise AveragingError(
+            f"the optimizer took {applied - before} steps since the last `averager.step()`, and step {missed[0]} "
+            "among them was to be averaged; expected a call after every optimizer step, and an averager that is "
+            "attached after a checkpoint was loaded, not before"
+        )
 
 
 class StepCounter:
