@@ -96,6 +96,7 @@ def test_of_a_damaged_one_the_one_before_is_taken_and_that_is_said(ranks, tmp_pa
     assert chosen.path.name == "checkpoint-5"
     assert "is damaged, and now called" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-10.damaged"}
+    assert find_checkpoints(tmp_path) == [tmp_path / "checkpoint-5"]
 
 
 @pytest.mark.parametrize("fault", ["memory", "link"])
