@@ -147,6 +147,19 @@ def test_one_checkpoint_averages_to_its_masters(tmp_path, stage):
     assert same_bits(loaded(tmp_path / "out"), tensors)
 
 
+def test_a_checkpoint_that_names_no_stage_is_of_an_optimizer_that_partitions_as_stage_1_does(tmp_path):
+    tensors = tensors_of(0)
+    path = checkpoint(tmp_path / "c", tensors, stage=1, world=2)
+    for file in (path / "global_step7").glob(
+        "*_optim_states.pt"
+    ):  # as DeepSpeed's for bf16 with fp32 gradients
+        state = torch.load(file, weights_only=False)
+        del state["optimizer_state_dict"]["zero_stage"]
+        torch.save(state, file)
+    average([path], tmp_path / "out", base=folder_of(tmp_path / "base", tensors_of(1)), trust_pickle=True)
+    assert same_bits(loaded(tmp_path / "out"), tensors)
+
+
 def trainer_checkpoint(path, tensors, dtype=torch.bfloat16):
     """Write what transformers' Trainer leaves under DeepSpeed: the working weights, and DeepSpeed's files."""
     copy = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
