@@ -13,7 +13,7 @@ from transformers import BertForSequenceClassification, T5Config, T5ForCondition
 from swaft.errors import StateError
 from swaft.soup import average, average_greedily, last_checkpoints, open_checkpoint
 from swaft.soup.mean import Mean
-from swaft.soup.output import LEFT_NAMES, parse_size, plan_shards
+from swaft.soup.output import parse_size, plan_shards
 from swaft.storage import hash_file
 
 pytestmark = pytest.mark.unit
@@ -117,7 +117,10 @@ def test_shards_are_as_full_as_they_may_be_and_listed(tmp_path):
 
 def test_other_files_are_copied_and_the_type_is_set(tmp_path):
     paths = folders(tmp_path, 2)
-    for name in (*LEFT_NAMES, "optimizer.pt", "training_args.bin", ".hidden", "pytorch_model.bin"):
+    for name in (
+        *("optimizer.pt", "training_args.bin", "trainer_state.json", ".hidden", "pytorch_model.bin"),
+        *("noise.json", "manifest.json", "COMPLETE", "latest", "average.json"),
+    ):
         (paths[0] / name).write_bytes(b"x")
     (paths[0] / "README.md").write_text("The last weights of a training run.")
     (paths[0] / "folder").mkdir()
