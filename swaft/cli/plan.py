@@ -27,7 +27,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from swaft.cli import CommandParser, reading
-from swaft.training.planning import sized
+from swaft.sizes import sized
 
 if TYPE_CHECKING:
     from swaft.training.planning.plan import RunPlan

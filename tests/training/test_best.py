@@ -300,12 +300,12 @@ def test_decoders_are_chosen_by_any_of_their_scores():
         choose_target(EvalConfig(metric_for_best_model="accuracy"), TOKEN_SCORES, ["train"])
 
 
-@pytest.mark.parametrize("asked", [{"keep_best": "last"}, {"early_stopping_patience": 1}])
+@pytest.mark.parametrize("asked", [{"eval_steps": 2}, {"keep_best": "last"}, {"early_stopping_patience": 1}])
 def test_weights_cannot_be_judged_without_validation_rows(asked):
     main = ("accuracy",)
     with pytest.raises(ConfigError, match=f"eval.{next(iter(asked))}: .* there are none"):
-        choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "test"])
-    choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "validation"])
+        choose_target(EvalConfig(**{"eval_steps": 1} | asked), main, ["train", "test"])
+    choose_target(EvalConfig(**{"eval_steps": 1} | asked), main, ["train", "validation"])
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,12 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         launcher_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "nowhere.json")})
 
 
+def test_a_refused_relative_name_says_in_which_folder_it_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"relative names start in {tmp_path}"):
+        launcher_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_configs/zero3.json"})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

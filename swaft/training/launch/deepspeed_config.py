@@ -156,7 +156,7 @@ def read_config(named: str) -> dict[str, Any]:
         found = f"is not JSON ({error})" if is_file else "is neither a file nor encoded JSON"
         raise ConfigError(
             f"the DeepSpeed configuration {named!r} {found}; set deepspeed_config_file in the accelerate "
-            "configuration to an existing JSON file"
+            f"configuration to an existing JSON file (relative names start in {Path.cwd()})"
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         raise ConfigError(f'{named} has no "zero_optimization" section; add one that sets the "stage"')

@@ -12,10 +12,10 @@ from swaft.averaging.host.machine import Workers, lane_bytes
 from swaft.averaging.host.source import ring_bytes
 from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
+from swaft.sizes import sized
 from swaft.training.checks import Problems, check_start, read_recipe
 from swaft.training.config import AveragingConfig, load_config
 from swaft.training.launch.launcher import Launch, read_launch, read_script
-from swaft.training.planning import sized
 from swaft.training.planning.memory import FORWARD_BACKWARD, FP32, Phase, PlannedEngine, numel
 from swaft.training.planning.step import PlannedModel, planned_model, trace_training_step
 
