@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swaft.averaging.rules import RULES, Plan, PowerEMA, Rule
-from swaft.errors import ConfigError
+from swaft.errors import ConfigError, one_line
 from swaft.options import Option, check, docs_of, options_of
 from swaft.training.config.schema import AveragingConfig, RecipeConfig, Section
 from swaft.training.config.values import (
@@ -313,7 +313,7 @@ def _read_file(path: str) -> Iterator[tuple[str, Any]]:
         reason = f"cannot be read ({error.strerror or error}); give the path of a YAML file"
         raise ValueError(reason) from error
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ValueError(f"is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"is not YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError("expected sections such as `train:` with settings under them")
     for section, values in content.items():

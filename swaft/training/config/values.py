@@ -152,11 +152,8 @@ def borrows(
     def decorate(section: SectionT) -> SectionT:
         own = list(section.__annotations__.items())
         place = [name for name, _ in own].index(after) + 1
-        borrowed, docs, all_users = (
-            dict[str, Any](),
-            dict[str, str](),
-            dict[str, Mapping[str, Collection[str]]](),
-        )
+        borrowed, docs = dict[str, Any](), dict[str, str]()
+        all_users = dict[str, Mapping[str, Collection[str]]]()
         for name in dict.fromkeys(name for kind in kinds.values() for name in options_of(kind)):
             users = {called: kind for called, kind in kinds.items() if name in options_of(kind)}
             all_users[name] = {called: options_of(kind)[name].choices for called, kind in users.items()}

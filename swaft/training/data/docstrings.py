@@ -113,9 +113,8 @@ def _members(folder: Path) -> Iterator[Documented]:
         given_away = _given_away(modules)
         for path in (path for module in modules for path in _files(folder, module)):
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # the user cannot do anything about invalid escapes in the library
+                # The user cannot do anything about invalid escapes in the library.
+                warnings.simplefilter("ignore")
                 tree = ast.parse(path.read_bytes())
             module = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
             for name, node in _documented(tree, module):

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from swaft.errors import ConfigError
+from swaft.soup.huggingface import ADAPTER_CONFIG
 from swaft.training.checks import Prepared, Problems
 from swaft.training.config import AnyModelConfig, RecipeConfig
 from swaft.training.models.pretrained import form_of, half, model_path
@@ -17,8 +18,6 @@ from swaft.training.models.special_tokens import follow_tokenizer
 
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 """Weight files, of which a model's folder has one."""
-ADAPTER = "adapter_config.json"
-"""File in an adapter's folder; it names the base model."""
 
 NOT_FROM_TEXT = {
     "fsmt": "makes its decoder's input from the source instead of the target",
@@ -70,7 +69,7 @@ def require_weights(model: AnyModelConfig, model_config: object) -> None:
         return
     folder = Path(model_path(model))
     named = getattr(model_config, "transformers_weights", None)
-    expected = (*WEIGHTS, ADAPTER) if named is None else (named,)
+    expected = (*WEIGHTS, ADAPTER_CONFIG) if named is None else (named,)
     if folder.is_dir() and not any((folder / name).is_file() for name in expected):
         raise ConfigError(
             f"model.model_name_or_path: {model.model_name_or_path} has a configuration but no weights; expected "

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from swaft.errors import ConfigError
+from swaft.errors import ConfigError, one_line
 from swaft.options import suggestion
 from swaft.training.data.seq2seq import PairColumns, Seq2SeqDataConfig, Seq2SeqModelConfig, bleu_language
 from swaft.training.data.texts import shortened
@@ -124,7 +124,7 @@ def require_saving(generation: Any, model: Seq2SeqModelConfig) -> None:
         raise ConfigError(
             f"{model.setting}: the generation_config.json of {model_path(model) or 'the new model'} (if it has "
             "none, its config.json) could not be saved with the trained model; correct it in a copy of the "
-            f"model: {' '.join(str(error).split())[:500]}"
+            f"model: {one_line(error)[:500]}"
         ) from error
 
 
