@@ -39,7 +39,7 @@ from torch.distributed import (
 )
 from torch.distributed.distributed_c10d import _world
 
-from swaft.distributed import shared_ranks
+from swaft.distributed import is_first_rank, shared_ranks
 from swaft.errors import NoiseError, SwaftError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -163,7 +163,7 @@ def run_and_report(run: Callable[[], None]) -> int:
     try:
         run()
     except Interrupted:
-        if _is_first():
+        if is_first_rank():
             sys.stderr.write(
                 "the run was asked to end (SIGTERM or SIGUSR1); it has left a checkpoint, and resumes from there "
                 "when it is started again with train.resume_from_checkpoint=auto (the default)\n"
@@ -173,7 +173,7 @@ def run_and_report(run: Callable[[], None]) -> int:
         # The launcher may end before this process has cleaned up; ignore its SIGTERM, so that it can finish.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _trace(error)
-        if _is_first():
+        if is_first_rank():
             sys.stderr.write("; ".join(["interrupted", *getattr(error, "__notes__", ())]) + "\n")
         return CTRL_C
     except (SwaftError, RuntimeError) as error:
@@ -183,12 +183,12 @@ def run_and_report(run: Callable[[], None]) -> int:
         _trace(error)
         notes = () if lost else getattr(error, "__notes__", ())
         message = (lost or message_of(error)) + "".join(f"\n  ({note})" for note in notes)
-        if _is_first():
+        if is_first_rank():
             _report(message)
         if lost:
             absent = roll_call(GRACE_S)
-            _report(message, absent) if _is_first() else _report(f"{message}\n  ({absent})")
-        elif not _is_first():
+            _report(message, absent) if is_first_rank() else _report(f"{message}\n  ({absent})")
+        elif not is_first_rank():
             time.sleep(GRACE_S)
             _report(message)
         return 1
@@ -242,13 +242,9 @@ def _trace(error: BaseException) -> None:
         traceback.print_exception(error)
 
 
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _report(*messages: str) -> None:
     """Print the last of some messages, and put all where torchrun looks for this rank's final error."""
-    where = "" if _is_first() else f" on rank {os.environ['RANK']}"
+    where = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
     sys.stderr.write(f"error{where}: {messages[-1]}\n")
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:

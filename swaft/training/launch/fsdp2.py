@@ -54,7 +54,9 @@ def obey_fsdp2(environ: Mapping[str, str], train: TrainConfig) -> None:
         environ: environment variables set by the launcher.
         train: section ``train``; its ``gradient_checkpointing`` is switched on if the launcher wants that.
     """
-    for name, how in OBEYED_OTHERWISE.items() if uses_fsdp(environ) else ():
+    if not uses_fsdp(environ):
+        return
+    for name, how in OBEYED_OTHERWISE.items():
         if _is_on(environ, name):
             logger.info("%s", how)
             train.gradient_checkpointing |= name == "FSDP_ACTIVATION_CHECKPOINTING"

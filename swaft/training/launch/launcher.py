@@ -18,7 +18,7 @@ import yaml
 from swaft.errors import ConfigError, one_line
 from swaft.options import suggestion
 from swaft.training.config.values import not_allowed
-from swaft.training.launch.deepspeed_config import STAGES, launcher_config, uses_deepspeed
+from swaft.training.launch.deepspeed_config import STAGES, launcher_config, stage_of, uses_deepspeed
 from swaft.training.launch.fsdp2 import uses_fsdp
 
 ENGINES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP")
@@ -71,7 +71,7 @@ def read_launch(words: Sequence[str]) -> Launch:
         engine = f"FSDP{environ['FSDP_VERSION']}"
     if uses_deepspeed(environ):
         try:
-            stage = launcher_config(environ)[0]["zero_optimization"].get("stage", 0)
+            stage = stage_of(launcher_config(environ)[0])
             engine = f"DeepSpeed ZeRO-{stage}"
         except ConfigError as error:
             problems += error.problems
