@@ -237,9 +237,8 @@ def compare_runs(base: Path, folders: Sequence[Path]) -> list[str]:
     lines = []
     for split, score in [(split, score) for split, kinds in runs[0].final.items() for score in kinds["last"]]:
         for arm, kind in itertools.product(arms, ("last", "averaged")):
-            scores = [each.final.get(split, {}).get(kind, {}) for each in arms[arm]]
-            values = [each[score] for each in scores if score in each]
-            if values:
+            scores = [each.score(split, kind, score) for each in arms[arm]]
+            if values := [each for each in scores if each is not None]:
                 spread = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
                 lines.append(
                     f"{split} {score:<12} {arm}, {kind}: {mean(values):.4g}{spread} ({len(values)} seeds)"

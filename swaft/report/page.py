@@ -22,6 +22,7 @@ TRAINING = {
 }
 """Numbers of the training log that get a figure, in this order."""
 LOGARITHMIC = ("divergence", "grad_norm", "drift")
+KINDS = ("last", "averaged")
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --ink: #1d2125; --line: #d5d9de; --faint: #5a6169 }
@@ -176,7 +177,7 @@ def _comparison(all_runs: Sequence[RunLog]) -> str:
             arm,
             split,
             score,
-            *(_number(run.final.get(split, {}).get(kind, {}).get(score)) for kind in KINDS),
+            *(_number(run.score(split, kind, score)) for kind in KINDS),
         )
         for arm, members in arms.items()
         for run in members
@@ -186,16 +187,13 @@ def _comparison(all_runs: Sequence[RunLog]) -> str:
     return _section("Comparison", "\n".join([note, *parts]))
 
 
-KINDS = ("last", "averaged")
-
-
 def _shared_scores(runs: Sequence[RunLog]) -> list[tuple[str, str]]:
     """Return the (split, score) pairs of the first run that every run has."""
     return [
         (split, score)
         for split, kinds in runs[0].final.items()
         for score in kinds.get("last", {})
-        if all(score in run.final.get(split, {}).get("last", {}) for run in runs)
+        if all(run.score(split, "last", score) is not None for run in runs)
     ]
 
 

@@ -53,6 +53,10 @@ class RunLog:
         """The run's name on the page."""
         return self.path.resolve().name
 
+    def score(self, split: str, weights: str, name: str) -> float | None:
+        """Return a final score; None: the run has none of this split, kind of weights and name."""
+        return self.final.get(split, {}).get(weights, {}).get(name)
+
 
 def read_run(path: Path) -> RunLog:
     """Read a recipe's run folder, or an output folder or checkpoint of the Trainer.

@@ -184,9 +184,10 @@ def chosen_options(section: Any, kind: type | None) -> dict[str, Any]:
     options = {name: value for name in section.borrowed_docs if (value := getattr(section, name)) is not None}
     prefix, _, leaf = section.choice.partition(".")
     problems = [f"{prefix}.{name}: {fault}" for name, fault in section.conflicts()]
+    needed = {} if kind is None else options_of(kind)
     problems += [
         f"{prefix}.{name} is null, which {section.choice}={getattr(section, leaf)} needs; set it"
-        for name, option in ({} if kind is None else options_of(kind)).items()
+        for name, option in needed.items()
         if option.required and name in section.borrowed_docs and name not in options
     ]
     if problems:

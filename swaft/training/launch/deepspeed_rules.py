@@ -173,7 +173,7 @@ def _refused_at_the_start(parsed: Any) -> Iterator[str]:
         "fp16" if parsed.float16_config.enabled else "bf16" if parsed.bfloat16_config.enabled else "fp32"
     )
     for name in ("param_dtype", "grad_accum_dtype", "buffer_dtype"):
-        value = getattr(parsed, name, None)
+        value = getattr(parsed, name)
         try:
             differs = value is not None and DtypeEnum(value) is not DtypeEnum[computes_in]
         except ValueError:
@@ -182,6 +182,6 @@ def _refused_at_the_start(parsed: Any) -> Iterator[str]:
         if differs and (name == "param_dtype" or (name == "grad_accum_dtype" and stage == 0)):
             yield f"data_types.{name} = {value}, but the run computes in {computes_in}; remove it"
     for section, package in MONITORS.items():
-        monitor = getattr(parsed.monitor_config, section, None)
-        if monitor is not None and monitor.enabled and importlib.util.find_spec(package) is None:
+        is_on = getattr(parsed.monitor_config, section).enabled
+        if is_on and importlib.util.find_spec(package) is None:
             yield f"{section}.enabled, which needs the package {package}; install it, or turn it off"

@@ -69,8 +69,9 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint 
             damaged.append((path, found))
             continue
         with ranks.together():
-            for each, fault in damaged if ranks.is_main else ():
-                _put_aside(each, fault, path)
+            if ranks.is_main:
+                for each, fault in damaged:
+                    _put_aside(each, fault, path)
         return chosen
     if damaged:
         raise StateError(
@@ -144,12 +145,14 @@ def save_checkpoint(
 
 def delete_old(folder: Path, keep: int | None) -> None:
     """Delete all but the newest ``keep`` complete checkpoints (None: keep all), by one process; log what fails."""
+    if keep is None:
+        return
     try:
         complete = find_checkpoints(folder)
     except StateError as error:
         logger.warning("%s; no checkpoint is deleted", error)
         return
-    for path in complete[keep:] if keep is not None else ():
+    for path in complete[keep:]:
         try:
             remove_sealed(path)
         except StateError as error:
