@@ -154,7 +154,8 @@ def _read_trainer_run(path: Path, state_file: Path) -> RunLog:
         raise ConfigError(f"{state_file} has no log_history; expected the state of transformers' Trainer")
     training, evaluations = {}, {}
     final: dict[str, dict[str, float]] = {}
-    _require(_is_nested(dict(enumerate(state["log_history"])), 2), state_file, "log_history holds no objects")
+    are_objects = all(isinstance(entry, dict) for entry in state["log_history"])
+    _require(are_objects, state_file, "log_history holds no objects")
     for entry in state["log_history"]:
         step = entry.get("step")
         scores = {  # a user's metric may be a list or a text

@@ -109,7 +109,8 @@ def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[
     if getattr(feature, "dtype", "") not in TEXTS:
         there = ((row, each) for row, each in enumerate(values(split, column)) if each is not None)
         # Json decodes a text such as "7" to a number, so its rows may all look like texts, or none.
-        for row, value in sorted(there, key=lambda each: isinstance(each[1], str))[:1]:
+        if first := min(there, key=lambda each: isinstance(each[1], str), default=None):
+            row, value = first
             found = f"has {value!r:.80} in column '{column}'; expected text"
             read = f"the column was read as {_taken_for(feature, value)}"
             yield row, ColumnFault(f"{found}, but {read}")

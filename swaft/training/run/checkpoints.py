@@ -15,18 +15,16 @@ from typing import Any, NamedTuple
 
 from swaft.distributed import Ranks
 from swaft.errors import ConfigError, StateAccessError, StateError
+from swaft.soup.kinds import AVERAGES, ENGINE, RUN
 from swaft.storage import Manifest, is_complete, read_manifest, remove_sealed
 from swaft.storage.sealed import find_checkpoints, step_of
 from swaft.storage.together import Write, open_together, write_together
 
 logger = logging.getLogger(__name__)
 
-KIND = "run"
-"""The kind given in a checkpoint's manifest."""
-TAG = "engine"
-"""Folder of the engine's files inside a checkpoint."""
-AVERAGE = "average"
-"""Folder of the averages inside a checkpoint: a state that `WeightAverager.load_state` opens."""
+KIND, TAG, AVERAGE = RUN, ENGINE, AVERAGES
+"""The kind in a checkpoint's manifest, and its folders: of the engine's files, and of the averages, a state that
+`WeightAverager.load_state` opens. `swaft average` and `swaft export` find them by the same names."""
 
 
 class RunCheckpoint(NamedTuple):

@@ -216,16 +216,12 @@ def fingerprint_frozen(model: nn.Module) -> str:
 
     The model has to be on the host and not sharded yet. 16-bit weights have the digest of the same numbers in fp32.
     """
-    frozen = [
-        (
-            name,
-            list(parameter.shape),
-            sum_of_bits(piece.float() for piece in parameter.reshape(-1).split(1 << 24)),
-        )
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad
-    ]
-    return _digest(frozen)
+
+    def bits(parameter: nn.Parameter) -> int:
+        return sum_of_bits(piece.float() for piece in parameter.reshape(-1).split(1 << 24))
+
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    return _digest([(name, list(p.shape), bits(p)) for name, p in frozen])
 
 
 def fingerprint_architecture(model: nn.Module) -> str:

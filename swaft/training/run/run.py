@@ -36,8 +36,9 @@ from swaft.training.config import RecipeConfig, load_config, to_yaml
 from swaft.training.evaluation.best import BestWeights
 from swaft.training.evaluation.evaluate import Evaluation, Scores, mean_evaluations, without_row_id
 from swaft.training.launch.accelerator import whole_model_loading
-from swaft.training.launch.failure import Interrupted, InterruptibleLoader, Interruption, run_and_report
+from swaft.training.launch.failure import run_and_report
 from swaft.training.launch.fsdp2 import prepare
+from swaft.training.launch.interruption import Interrupted, InterruptibleLoader, Interruption
 from swaft.training.models.build import (
     count_epoch_steps,
     count_optimizer_steps,

@@ -33,7 +33,7 @@ from swaft.noise.inputs import IGNORE_INDEX
 from swaft.noise.passes import SentCount
 from swaft.training.config import TrainConfig
 from swaft.training.evaluation.evaluate import without_row_id
-from swaft.training.launch.failure import leave_signals_to_the_rank
+from swaft.training.launch.interruption import leave_signals_to_the_rank
 
 if TYPE_CHECKING:
     from swaft.training.run.run import Run
