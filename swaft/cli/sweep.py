@@ -125,11 +125,9 @@ def run(words: Sequence[str]) -> int:
 
 
 def launch(words: Sequence[str], out: IO[str]) -> int:
-    """Run `accelerate launch` and return its exit code; it gets SIGTERM when this process ends, however it ends.
+    """Run `accelerate launch` with these words, its output in a file, and return its exit code.
 
-    Args:
-        words: the words after `accelerate launch`.
-        out: file for its output.
+    It gets SIGTERM when this process ends, however it ends.
     """
     libc, command = ctypes.CDLL(None), [sys.executable, "-m", "accelerate.commands.launch", *words]
 

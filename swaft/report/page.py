@@ -48,11 +48,7 @@ details { border-top: 1px solid var(--line); padding: .5rem 0 } summary { cursor
 
 
 def render(runs: Sequence[RunLog]) -> str:
-    """Return the page about these runs: their comparison, then a section for each run.
-
-    Args:
-        runs: one or more.
-    """
+    """Return the page about these runs: their comparison, then a section for each run."""
     if len(runs) == 1:
         title, body = runs[0].name, _run(runs[0])
     else:

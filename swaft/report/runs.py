@@ -59,10 +59,7 @@ class RunLog:
 
 
 def read_run(path: Path) -> RunLog:
-    """Read a recipe's run folder, or an output folder or checkpoint of the Trainer.
-
-    Args:
-        path: the folder, or the file trainer_state.json in it.
+    """Read a recipe's run folder; or an output folder, a checkpoint or the trainer_state.json of the Trainer.
 
     Raises:
         ConfigError: there is no run, or its files cannot be read.

@@ -144,9 +144,6 @@ def read_recipe(path: Path) -> Any:
     Returns None if the script is not a recipe, judged without running it. Other scripts may define the same two
     names; a recipe also imports from `swaft.training`.
 
-    Args:
-        path: path of a file.
-
     Raises:
         ConfigError: the file is not valid Python (with the line), or it cannot be imported.
     """
@@ -224,10 +221,6 @@ class Start(Parts):
 
 def start_of(config: Any, prepare: Callable[[Any, Problems], Ready]) -> tuple[Ready, Start]:
     """Prepare and check everything that needs no process group, before there is one.
-
-    Args:
-        config: the recipe's configuration.
-        prepare: the recipe's ``prepare``.
 
     Returns:
         What ``prepare`` returned, and what the checks found.

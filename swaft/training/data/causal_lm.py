@@ -146,10 +146,6 @@ class CausalColumns:
 def find_columns(splits: Mapping[str, Dataset], data: CausalDataConfig) -> CausalColumns:
     """Find the columns, and check them in every row of every split.
 
-    Args:
-        splits: rows by split, `train` among them.
-        data: section ``data``.
-
     Raises:
         DataError: a column that does not exist or has to be specified; a missing or empty text; a chat without
             messages, or without an answer of the assistant; a prompt prefix or suffix for chats.

@@ -151,9 +151,8 @@ def _mask(docstring: str, name: str, given_away: re.Pattern[str]) -> str:
 
 def _given_away(modules: list[str]) -> re.Pattern[str]:
     """Match words that are or contain the name of a module; names of up to three letters only as whole words."""
-    names = {part for module in modules for part in module.strip("_").split("_")} | {
-        module.strip("_") for module in modules
-    }
+    whole = {module.strip("_") for module in modules}
+    names = whole | {part for name in whole for part in name.split("_")}
     long = "|".join(sorted(re.escape(name) for name in names if len(name) > 3))
     short = "|".join(sorted(re.escape(name) for name in names if len(name) <= 3))
     patterns = [rf"[\w.]*(?:{long})[\w.]*"] * bool(long) + [rf"\b(?:{short})s?\b"] * bool(short)

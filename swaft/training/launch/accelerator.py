@@ -81,10 +81,6 @@ def resolve_engine(
 def build_accelerator(config: RecipeConfig, engine: EngineSettings) -> Accelerator:
     """Start the process group and the engine, seeded (collective).
 
-    Args:
-        config: a recipe's configuration.
-        engine: the engine settings asked for.
-
     Raises:
         ConfigError: fp16 on a machine that cannot compute in it.
         TrainingError: accelerate started something other than the launcher asked for.

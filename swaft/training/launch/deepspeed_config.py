@@ -288,11 +288,6 @@ def launcher_problems(environ: Mapping[str, str], train: TrainConfig, config: Ma
 
     accelerate silently drops these values if a DeepSpeed file is given, and lets its accumulation win
     over the recipe's if none is.
-
-    Args:
-        environ: environment variables set by the launcher.
-        train: section ``train``.
-        config: the filled configuration.
     """
     file, stage = named_file(environ), stage_of(config)
     wanted = {

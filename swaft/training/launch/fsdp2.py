@@ -72,10 +72,6 @@ def resolve_fsdp2(environ: Mapping[str, str], *, precision: str) -> FullySharded
     Weights and the sums of gradients, over micro-batches and over ranks, are fp32. Forward and backward
     compute in ``precision``; a loss that the model computes in fp32 stays fp32.
 
-    Args:
-        environ: environment variables set by the launcher.
-        precision: ``no``, ``bf16`` or ``fp16``.
-
     Raises:
         ConfigError: the launcher asks for FSDP1, or for something that would make weights differ between ranks.
     """

@@ -1,4 +1,8 @@
-"""Refuses models and tokenizers that cannot be trained on rows of text, or do not fit each other."""
+"""Refuses models and tokenizers that cannot be trained on rows of text, or do not fit each other.
+
+``model`` is that section of the settings, ``model_config`` its transformers configuration, and ``tokenizer`` is
+the one that is used, after `read_as_text`.
+"""
 
 from __future__ import annotations
 
@@ -62,10 +66,6 @@ def check_model(ready: Prepared, config: RecipeConfig, problems: Problems) -> No
 def require_weights(model: AnyModelConfig, model_config: object) -> None:
     """Refuse a folder of a pretrained model without weights; a model from the hub is checked by the download.
 
-    Args:
-        model: section ``model``.
-        model_config: its transformers configuration.
-
     Raises:
         ConfigError: the folder has no weights.
     """
@@ -83,10 +83,6 @@ def require_weights(model: AnyModelConfig, model_config: object) -> None:
 
 def require_separate_rows(config: Any, model_config: Any) -> None:
     """Refuse to pack rows if they would see each other, or if `require_order` cannot measure whether they do.
-
-    Args:
-        config: configuration of a recipe with ``data.packing``.
-        model_config: the model's transformers configuration.
 
     Raises:
         ConfigError: names the model's type, or the setting that separates the rows.
@@ -194,11 +190,6 @@ def require_form(model: AnyModelConfig, model_config: Any, task: str) -> None:
 def require_embeddings(model: AnyModelConfig, model_config: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer with tokens, from texts or padding, that the model has no embedding for.
 
-    Args:
-        model: section ``model``.
-        model_config: its transformers configuration.
-        tokenizer: the one that is used, after `read_as_text`.
-
     Raises:
         ConfigError: with both numbers.
     """
@@ -265,12 +256,6 @@ def require_token_types(
     model: AnyModelConfig, model_config: Any, tokenizer: Any, columns: Sequence[str]
 ) -> None:
     """Refuse a tokenizer that uses more token types for the texts of a row than the model has embeddings for.
-
-    Args:
-        model: section ``model``.
-        model_config: its transformers configuration.
-        tokenizer: the one that is used.
-        columns: the columns with the texts of a row, one or two.
 
     Raises:
         ConfigError: with both numbers.

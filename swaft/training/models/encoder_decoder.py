@@ -45,12 +45,7 @@ from swaft.training.models.special_tokens import put_first
 
 
 def require_generation_start(model: Seq2SeqModelConfig, model_config: Any, tokenizer: Any) -> None:
-    """Refuse an encoder-decoder without a start token for the texts that it generates.
-
-    Args:
-        model: section ``model``.
-        model_config: its transformers configuration.
-        tokenizer: the one that is used; None: a new one.
+    """Refuse an encoder-decoder without a start token for the texts that it generates; tokenizer None: a new one.
 
     Raises:
         ConfigError: there is no start token.
@@ -107,10 +102,6 @@ def require_saving(generation: Any, model: Seq2SeqModelConfig) -> None:
 
     It saves what it has loaded, faults included, but not once a token has changed. Older checkpoints have settings
     for sampling without `do_sample`, which is then set; evaluation never samples.
-
-    Args:
-        generation: settings of the loaded model, as they will be saved.
-        model: section ``model``, for the message.
 
     Raises:
         ConfigError: says what is wrong with them.

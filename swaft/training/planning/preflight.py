@@ -80,11 +80,7 @@ class Looked(Parts):
 
 
 def check_run(words: Sequence[str]) -> Preflight:
-    """Check the run that ``accelerate launch`` would start with these words.
-
-    Args:
-        words: the command line after ``accelerate launch``.
-    """
+    """Check the run that ``accelerate launch`` would start with these words."""
     run, problems, facts = Looked(), Problems(), dict[str, Any]()
     with problems:
         run.launch = read_launch(words)

@@ -47,10 +47,6 @@ class PlannedModel(NamedTuple):
 def planned_model(config: Any, model_config: Any) -> PlannedModel:
     """Return how to make a recipe's model, in the context of `OnPaper`, and its longest batch.
 
-    Args:
-        config: a recipe's configuration.
-        model_config: the model's transformers configuration.
-
     Raises:
         ConfigError: the recipe's task is not one of `swaft.training.models.pretrained.FORMS`.
     """

@@ -230,12 +230,7 @@ HYPERPARAMETERS = ("weight_decay", "betas", "eps")
 
 
 class RunState:
-    """Everything that changes during a run.
-
-    Args:
-        run: the prepared run.
-        setup: setup of the run.
-    """
+    """Everything that changes during a run."""
 
     def __init__(self, run: Run, setup: Setup):
         self.run, self._setup = run, setup

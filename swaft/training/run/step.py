@@ -270,13 +270,7 @@ class Position:
 
 
 class Step:
-    """An optimizer step, from its micro-batches to the update.
-
-    Args:
-        run: the run that the step belongs to.
-        number: number of the step, from 1.
-        batches: its micro-batches.
-    """
+    """An optimizer step, from its micro-batches to the update; numbers count from 1."""
 
     def __init__(self, run: Run, number: int, batches: Sequence[MicroBatch]):
         self.number = number
