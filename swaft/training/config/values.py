@@ -48,8 +48,10 @@ def settings(config_class: type) -> dict[str, Option]:
 
 def type_name(option: Option) -> str:
     """The type of a setting as written in help and messages: `float`, `int or float`, `a|b|c`."""
-    names = [name for kind, name in TYPE_NAMES.items() if kind in option.kinds and not option.choices]
-    return " or ".join(["|".join(option.choices)] * bool(option.choices) + names + ["null"] * option.optional)
+    names = [name for kind, name in TYPE_NAMES.items() if kind in option.kinds]
+    if option.choices:
+        names = ["|".join(option.choices)]
+    return " or ".join([*names, "null"] if option.optional else names)
 
 
 def written(value: Any) -> str:
@@ -215,7 +217,7 @@ def _borrowed_doc(name: str, users: Mapping[str, type], *, is_special: bool) -> 
     """Describe an option: its doc, which classes have it if not all do, and what null means."""
     kind = next(iter(users.values()))
     default, doc = options_of(kind)[name].default, docs_of(kind)[name].replace("None", "null")
-    remarks = [f"{', '.join(users)} only"] * is_special
+    remarks = [f"{', '.join(users)} only"] if is_special else []
     if default is MISSING:
         remarks.append("required")
     elif default is not None:

@@ -230,7 +230,7 @@ def tokenize_rows(
             "end": [row.end if row.length <= data.max_length else IGNORED for row in made],
             "changed": [row.changed for row in made],
             "fault": [
-                row.fault or full * all(label == IGNORED for label in labels)
+                row.fault or ("" if any(label != IGNORED for label in labels) else full)
                 for row, (_, labels) in zip(made, cut, strict=True)
             ],
         }

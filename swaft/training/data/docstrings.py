@@ -153,7 +153,9 @@ def _given_away(modules: list[str]) -> re.Pattern[str]:
     """Match words that are or contain the name of a module; names of up to three letters only as whole words."""
     whole = {module.strip("_") for module in modules}
     names = whole | {part for name in whole for part in name.split("_")}
-    long = "|".join(sorted(re.escape(name) for name in names if len(name) > 3))
-    short = "|".join(sorted(re.escape(name) for name in names if len(name) <= 3))
-    patterns = [rf"[\w.]*(?:{long})[\w.]*"] * bool(long) + [rf"\b(?:{short})s?\b"] * bool(short)
+    patterns = []
+    if long := "|".join(sorted(re.escape(name) for name in names if len(name) > 3)):
+        patterns.append(rf"[\w.]*(?:{long})[\w.]*")
+    if short := "|".join(sorted(re.escape(name) for name in names if len(name) <= 3)):
+        patterns.append(rf"\b(?:{short})s?\b")
     return re.compile("|".join(patterns), re.IGNORECASE)

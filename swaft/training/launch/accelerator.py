@@ -123,8 +123,9 @@ def build_accelerator(config: RecipeConfig, engine: EngineSettings) -> Accelerat
     if fsdp2 and on_cpu:
         start_on_cpu(accelerator, fsdp2)
     check_engine(accelerator, os.environ)
-    for key, value, origin in deepspeed.rows if deepspeed else ():
-        logger.info("ds  %-58s %-12s (%s)", key, value, origin)
+    if deepspeed:
+        for key, value, origin in deepspeed.rows:
+            logger.info("ds  %-58s %-12s (%s)", key, value, origin)
     set_seed(train.seed)
     return accelerator
 

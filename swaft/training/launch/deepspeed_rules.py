@@ -131,12 +131,14 @@ def _settings(model_name: str, path: tuple[int | str, ...]) -> tuple[str, ...]:
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel as Model
 
     model: Any = next((each for each in Model.__subclasses__() if each.__name__ == model_name), None)
+    if model is None:
+        return ()
     for name in path:
         kind = model.model_fields[name].annotation
         model = next(
             each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, Model)
         )
-    return tuple(field.alias or name for name, field in model.model_fields.items()) if model else ()
+    return tuple(field.alias or name for name, field in model.model_fields.items())
 
 
 def _refused_at_the_start(parsed: Any) -> Iterator[str]:

@@ -156,8 +156,9 @@ class ProgressLog:
         for kind, folder in saved.items():
             which = f" ({best.weights}, {best})" if best and kind == "best" else ""
             logger.info("%s weights%s saved in %s", kind, which, folder)
-        for line in closing_table(scores, seconds=seconds) if scores else ():
-            logger.info(line)
+        if scores:
+            for line in closing_table(scores, seconds=seconds):
+                logger.info(line)
 
     def close(self) -> None:
         """Remove the bar, end the trackers and leave the process group, all ranks together (collective)."""

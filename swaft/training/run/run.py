@@ -439,9 +439,10 @@ class Run:
             self.averager.save_pretrained(folder.final_averaged, self.readout)
         fault = f"the tokenizer could not be written to {folder.path}"
         with self.engine.ranks.together(fault, patiently=True):
-            for path in saved.values() if folder.is_main else ():
-                self._tokenizer.save_pretrained(path)
-                sync_tree(path)
+            if folder.is_main:
+                for path in saved.values():
+                    self._tokenizer.save_pretrained(path)
+                    sync_tree(path)
         return saved
 
 
