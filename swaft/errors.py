@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message without its line breaks, as part of another message."""
+    return " ".join(str(error).split())
+
+
 class SwaftError(Exception):
     """Base of every error that swaft raises on purpose."""
 

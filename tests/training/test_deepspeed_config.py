@@ -342,7 +342,7 @@ def test_single_values_of_the_accelerate_file_that_would_be_dropped_are_reported
         "ACCELERATE_GRADIENT_CLIPPING": "0.5",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
     }
-    problems = launcher_problems(environ, TRAIN, {"stage": 3})
+    problems = launcher_problems(environ, TRAIN, {"zero_optimization": {"stage": 3}})
     assert len(problems) == 2
     assert "gradient_accumulation_steps = 1" in problems[0]
     assert "zero_stage = 2" in problems[1]

@@ -171,7 +171,7 @@ def plan_run(
         step_seconds: measured time of a training step, to compare averaging with; None: not known.
     """
     launch, train, averaging = engine.launch, config.train, None
-    weights, activations = trace_training_step(model.build, model.batch, objective, train, engine)
+    weights, activations = trace_training_step(model, objective, train, engine)
     phases, owned = engine.memory(weights, activations, accumulates=train.gradient_accumulation_steps > 1)
     if rule_plan is not None:
         averaging = _plan_averaging(rule_plan, config, owned, engine, step_seconds)
