@@ -105,7 +105,9 @@ def prepare(config: CausalConfig, problems: Problems) -> PreparedTexts:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        ready.target = choose_target(config.eval, TOKEN_SCORES, ready.rows, config.averaging)
+        ready.target = choose_target(
+            config.eval, ready.metric, ready.rows, config.averaging, others=TOKEN_SCORES
+        )
     return ready
 
 

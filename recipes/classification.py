@@ -99,8 +99,7 @@ def prepare(config: ClassificationConfig, problems: Problems) -> PreparedTask:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        scores, lower = ready.metric.names, ready.metric.lower_is_better
-        ready.target = choose_target(config.eval, scores, ready.rows, config.averaging, lower_is_better=lower)
+        ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
     with problems:
         if ready.head.order is not None:  # class ids in the kept head's order
             ready.metric = renumbered(ready.metric, ready.head.order)

@@ -100,8 +100,7 @@ def prepare(config: QuestionAnsweringConfig, problems: Problems) -> PreparedQues
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        scores, lower = ready.metric.names, ready.metric.lower_is_better
-        ready.target = choose_target(config.eval, scores, ready.rows, config.averaging, lower_is_better=lower)
+        ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
         refuse_score_of_no_question(config.eval, ready.rows)
     return ready
 

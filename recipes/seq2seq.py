@@ -119,8 +119,7 @@ def prepare(config: Seq2SeqConfig, problems: Problems) -> PreparedPairs:
     with problems:
         ready.rule = build_rule(config.averaging)
     with problems:
-        scores, lower = (ready.metric.names, ready.metric.lower_is_better) if ready.metric else ((), ())
-        ready.target = choose_target(config.eval, scores, ready.rows, config.averaging, lower_is_better=lower)
+        ready.target = choose_target(config.eval, ready.metric, ready.rows, config.averaging)
     return ready
 
 

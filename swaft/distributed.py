@@ -6,6 +6,7 @@ is busy or broken. So swaft keeps its own gloo group and never interferes with t
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,11 @@ ARRIVAL_TIMEOUT_S = 60.0
 training's own time limit is shorter."""
 PATIENCE = timedelta(hours=6)
 """How long ranks wait for one that writes a model alone: on a slow disk, this exceeds a collective's time limit."""
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0 of those that a launcher has started, or the only process; known before they meet."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 _SHARED: tuple[object, Ranks] | None = None

@@ -35,8 +35,11 @@ def package_versions() -> dict[str, str]:
 
 def _git_commit() -> str | None:
     """Return the commit of the source tree that swaft runs from, None if it is installed without one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    here = Path(__file__)
+    # An environment may lie inside the working tree of another project, whose commit has no such file.
+    command = ["git", "-C", str(here.parent), "rev-parse", "HEAD", f"HEAD:./{here.name}"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return found.stdout.split()[0]
     except (OSError, subprocess.SubprocessError):
         return None

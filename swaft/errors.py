@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message without its line breaks, as part of another message."""
+    return " ".join(str(error).split())
+
+
 class SwaftError(Exception):
     """Base of every error that swaft raises on purpose."""
 
@@ -17,7 +22,7 @@ class ConfigError(SwaftError):
     def __init__(self, problems: list[str] | str):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "1 problem"
-        super().__init__("\n".join([f"{count} with this run:", *(f"  - {p}" for p in self.problems)]))
+        super().__init__("\n".join([f"{count}:", *(f"  - {p}" for p in self.problems)]))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
         """Pickle the problems, not the finished message, so that the error reaches other ranks intact."""

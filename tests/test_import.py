@@ -153,6 +153,14 @@ def test_a_checkpoint_is_exported_without_what_recipes_need():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("command", ["validate", "plan", "report"])
+def test_the_help_of_a_command_needs_nothing_that_recipes_need(command):
+    script = f"{BLOCKED}\nfrom swaft.cli.main import main\nsys.exit(main([{command!r}, '--help']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"swaft {command} " in done.stdout
+
+
 @pytest.mark.parametrize("command", ["validate", "plan"])
 def test_a_command_that_needs_the_recipes_says_how_to_install_them(command):
     script = f"{BLOCKED}\nfrom swaft.cli.main import main\nsys.exit(main([{command!r}, 'recipe.py']))"

@@ -121,9 +121,14 @@ def _not_plain(path: str, reason: str) -> AveragingError:
     )
 
 
+def changes_base(beginning: bool | str) -> bool:
+    """Whether an `init_lora_weights` changes the base model, by rank, each time the adapter is loaded."""
+    return isinstance(beginning, str) and beginning not in ("gaussian", "eva", "orthogonal", "mica")
+
+
 def refuse_changed_base(adapter: str, beginning: bool | str) -> None:
-    """Refuse an `init_lora_weights` that changes the base model, by rank, each time the adapter is loaded."""
-    if isinstance(beginning, str) and beginning not in ("gaussian", "eva", "orthogonal", "mica"):
+    """Refuse an `init_lora_weights` that changes the base model."""
+    if changes_base(beginning):
         raise AveragingError(
             f"adapter {adapter!r} has init_lora_weights={beginning!r}, which changes the base model by its rank "
             "whenever the adapter is loaded; expected product_mean(averager) without `rank`, or `save_merged`"

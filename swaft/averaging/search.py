@@ -123,6 +123,14 @@ def search_windows(
     return ReadoutSearch(best, tuple(tried.values()))
 
 
+def most_evaluations(averager: WeightAverager, *, blends: Sequence[float] = ()) -> int:
+    """Return how many evaluations `search_windows` makes at most, of the first rule and with these blends."""
+    plan, windows = averager.plan(), 1
+    if isinstance(plan, WindowsPlan):
+        windows = 2 * len(plan.boundaries(averager.count())) - 1  # one window is in both passes
+    return windows + len(blends)
+
+
 def _best(tried: Iterable[Tried], better: Callable[..., float]) -> Tried:
     numbers = [each for each in tried if not math.isnan(each.score)]
     if not numbers:

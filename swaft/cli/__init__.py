@@ -31,11 +31,7 @@ COUNT = reading(_count, "a whole number of at least 1")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parses the words of a command; words that it does not understand are a ConfigError.
-
-    Args:
-        command: name of the command, for messages.
-    """
+    """Parses the words of a command; words that it does not understand are a ConfigError."""
 
     def __init__(self, command: str):
         super().__init__(add_help=False, allow_abbrev=False)

@@ -27,12 +27,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from swaft.cli import CommandParser, reading
-from swaft.training.planning import sized
+from swaft.sizes import sized
 
 if TYPE_CHECKING:
     from swaft.training.planning.plan import RunPlan
-
-GIB = 2**30
 
 
 def run(words: Sequence[str]) -> int:
@@ -44,11 +42,14 @@ def run(words: Sequence[str]) -> int:
     from swaft.training.run.progress import disable_progress_bars
 
     disable_progress_bars()
-    device, host = (
-        None if gib is None else int(gib * GIB) for gib in (options.device_memory, options.host_memory)
+    device, host = options.device_memory, options.host_memory
+    found = plan_recipe(
+        line,
+        on_cpu=options.on_cpu,
+        device_bytes=device,
+        host_bytes=host,
+        step_seconds=options.step_seconds,
     )
-    asked = {"on_cpu": options.on_cpu, "step_seconds": options.step_seconds}
-    found = plan_recipe(line, device_bytes=device, host_bytes=host, **asked)
     print(json.dumps(as_dict(found), indent=2) if options.json else table(found, device, host))
     return 1 if found.shortages else 0
 
@@ -127,9 +128,14 @@ def _parser() -> CommandParser:
     parser = CommandParser("plan")
     for name in ("on_cpu", "json"):
         parser.add_argument(f"--{name}", action="store_true")
-    for name in ("device_memory", "host_memory", "step_seconds"):
-        parser.add_argument(f"--{name}", type=reading(_positive, "a number above 0"))
+    for name, read in (("device_memory", _gib), ("host_memory", _gib), ("step_seconds", _positive)):
+        parser.add_argument(f"--{name}", type=reading(read, "a number above 0"))
     return parser
+
+
+def _gib(word: str) -> int:
+    """Read a number of GiB, as bytes."""
+    return int(_positive(word) * 2**30)
 
 
 def _positive(word: str) -> float:

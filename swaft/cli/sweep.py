@@ -125,11 +125,9 @@ def run(words: Sequence[str]) -> int:
 
 
 def launch(words: Sequence[str], out: IO[str]) -> int:
-    """Run `accelerate launch` and return its exit code; it gets SIGTERM when this process ends, however it ends.
+    """Run `accelerate launch` with these words, its output in a file, and return its exit code.
 
-    Args:
-        words: the words after `accelerate launch`.
-        out: file for its output.
+    It gets SIGTERM when this process ends, however it ends.
     """
     libc, command = ctypes.CDLL(None), [sys.executable, "-m", "accelerate.commands.launch", *words]
 
@@ -237,9 +235,8 @@ def compare_runs(base: Path, folders: Sequence[Path]) -> list[str]:
     lines = []
     for split, score in [(split, score) for split, kinds in runs[0].final.items() for score in kinds["last"]]:
         for arm, kind in itertools.product(arms, ("last", "averaged")):
-            scores = [each.final.get(split, {}).get(kind, {}) for each in arms[arm]]
-            values = [each[score] for each in scores if score in each]
-            if values:
+            scores = [each.score(split, kind, score) for each in arms[arm]]
+            if values := [each for each in scores if each is not None]:
                 spread = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
                 lines.append(
                     f"{split} {score:<12} {arm}, {kind}: {mean(values):.4g}{spread} ({len(values)} seeds)"

@@ -58,16 +58,16 @@ def compare(arms: Mapping[str, Sequence[RunLog]], split: str, score: str) -> lis
     """
     found = []
     for arm, runs in arms.items():
-        pairs = [(_score(run, split, "averaged", score), _score(run, split, "last", score)) for run in runs]
+        pairs = [(run.score(split, "averaged", score), run.score(split, "last", score)) for run in runs]
         found.append(difference(f"averaged − last ({arm})", pairs))
     first, *others = arms
     kinds = {
-        arm: "last" if all(_score(run, split, "averaged", score) is None for run in runs) else "averaged"
+        arm: "last" if all(run.score(split, "averaged", score) is None for run in runs) else "averaged"
         for arm, runs in arms.items()
     }
-    before = {_seed(run): _score(run, split, kinds[first], score) for run in arms[first]}
+    before = {_seed(run): run.score(split, kinds[first], score) for run in arms[first]}
     for arm in others:
-        pairs = [(_score(run, split, kinds[arm], score), before.get(_seed(run))) for run in arms[arm]]
+        pairs = [(run.score(split, kinds[arm], score), before.get(_seed(run))) for run in arms[arm]]
         found.append(difference(f"{arm}, {kinds[arm]} − {first}, {kinds[first]}", pairs))
     return [each for each in found if each.values]
 
@@ -82,10 +82,6 @@ def difference(what: str, pairs: Sequence[tuple[float | None, float | None]]) ->
         low, high = np.quantile(means, (0.025, 0.975))
         interval = float(low), float(high)
     return Difference(what, tuple(map(float, values)), interval)
-
-
-def _score(run: RunLog, split: str, weights: str, score: str) -> float | None:
-    return run.final.get(split, {}).get(weights, {}).get(score)
 
 
 def _seed(run: RunLog) -> Any:

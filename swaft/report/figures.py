@@ -188,8 +188,8 @@ def _svg(figure: Figure, title: str) -> str:
     file = io.StringIO()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()[file.getvalue().index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.S)  # the figure's white background
-    svg = re.sub(r'<g id="patch_2">.*?</g>', "", svg, count=1, flags=re.S)  # and of its axes
+    # The white backgrounds of the figure and its axes.
+    svg = re.sub(r'<g id="patch_[12]">.*?</g>', "", svg, count=2, flags=re.S)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     label = f'role="img" aria-label="{escape(title)}"'
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: label, svg, count=1)

@@ -22,6 +22,7 @@ TRAINING = {
 }
 """Numbers of the training log that get a figure, in this order."""
 LOGARITHMIC = ("divergence", "grad_norm", "drift")
+KINDS = ("last", "averaged")
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --ink: #1d2125; --line: #d5d9de; --faint: #5a6169 }
@@ -47,11 +48,7 @@ details { border-top: 1px solid var(--line); padding: .5rem 0 } summary { cursor
 
 
 def render(runs: Sequence[RunLog]) -> str:
-    """Return the page about these runs: their comparison, then a section for each run.
-
-    Args:
-        runs: one or more.
-    """
+    """Return the page about these runs: their comparison, then a section for each run."""
     if len(runs) == 1:
         title, body = runs[0].name, _run(runs[0])
     else:
@@ -176,7 +173,7 @@ def _comparison(all_runs: Sequence[RunLog]) -> str:
             arm,
             split,
             score,
-            *(_number(run.final.get(split, {}).get(kind, {}).get(score)) for kind in KINDS),
+            *(_number(run.score(split, kind, score)) for kind in KINDS),
         )
         for arm, members in arms.items()
         for run in members
@@ -186,16 +183,13 @@ def _comparison(all_runs: Sequence[RunLog]) -> str:
     return _section("Comparison", "\n".join([note, *parts]))
 
 
-KINDS = ("last", "averaged")
-
-
 def _shared_scores(runs: Sequence[RunLog]) -> list[tuple[str, str]]:
     """Return the (split, score) pairs of the first run that every run has."""
     return [
         (split, score)
         for split, kinds in runs[0].final.items()
         for score in kinds.get("last", {})
-        if all(score in run.final.get(split, {}).get("last", {}) for run in runs)
+        if all(run.score(split, "last", score) is not None for run in runs)
     ]
 
 

@@ -53,12 +53,13 @@ class RunLog:
         """The run's name on the page."""
         return self.path.resolve().name
 
+    def score(self, split: str, weights: str, name: str) -> float | None:
+        """Return a final score; None: the run has none of this split, kind of weights and name."""
+        return self.final.get(split, {}).get(weights, {}).get(name)
+
 
 def read_run(path: Path) -> RunLog:
-    """Read a recipe's run folder, or an output folder or checkpoint of the Trainer.
-
-    Args:
-        path: the folder, or the file trainer_state.json in it.
+    """Read a recipe's run folder; or an output folder, a checkpoint or the trainer_state.json of the Trainer.
 
     Raises:
         ConfigError: there is no run, or its files cannot be read.
@@ -150,7 +151,8 @@ def _read_trainer_run(path: Path, state_file: Path) -> RunLog:
         raise ConfigError(f"{state_file} has no log_history; expected the state of transformers' Trainer")
     training, evaluations = {}, {}
     final: dict[str, dict[str, float]] = {}
-    _require(_is_nested(dict(enumerate(state["log_history"])), 2), state_file, "log_history holds no objects")
+    are_objects = all(isinstance(entry, dict) for entry in state["log_history"])
+    _require(are_objects, state_file, "log_history holds no objects")
     for entry in state["log_history"]:
         step = entry.get("step")
         scores = {  # a user's metric may be a list or a text

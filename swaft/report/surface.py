@@ -18,6 +18,7 @@ from torch import nn
 from swaft.errors import ConfigError
 from swaft.report.landscape import SEED, loss_surface, write_losses
 from swaft.report.runs import config_class, setting_values
+from swaft.soup.huggingface import ADAPTER_CONFIG
 from swaft.training.config import AnyModelConfig, ModelConfig, load_config
 from swaft.training.data.causal_lm import CausalCollator, CausalConfig, find_columns, tokenize_rows
 from swaft.training.data.classification import ClassificationConfig, describe_task, tokenize
@@ -120,7 +121,7 @@ def _settings_of(run: Path, rows: int) -> Any:
 
 
 def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def _whole(model: AnyModelConfig, folder: Path) -> AnyModelConfig:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from swaft.averaging.lora import Norms, refactor
-from swaft.averaging.lora_layers import refuse_changed_base
-from swaft.errors import AveragingError, StateError
+from swaft.averaging.lora_layers import changes_base
+from swaft.errors import StateError
 from swaft.soup.checkpoint import SavedWeights
 from swaft.soup.huggingface import ADAPTER_CONFIG, read_json
 from swaft.soup.mean import SLICE, Mean, Weighted
@@ -119,14 +119,15 @@ class AdapterMean(Mean):
             return
         if config.get("rank_pattern") or config.get("alpha_pattern"):
             raise StateError("--lora-rank: these adapters have ranks or alphas of their own for some layers")
-        try:
-            refuse_changed_base("default", config.get("init_lora_weights", True))
-        except AveragingError as error:
-            raise StateError(f"--lora-rank: {error}") from error
+        if changes_base(beginning := config.get("init_lora_weights", True)):
+            raise StateError(
+                f"--lora-rank: these adapters have init_lora_weights={beginning!r}, which changes the base model by"
+                " the rank whenever one is loaded; leave --lora-rank out"
+            )
         ratio = rank / config["r"]
         config["lora_alpha"] *= math.sqrt(ratio) if config.get("use_rslora") else ratio
         config["r"] = rank
-        config["init_lora_weights"] = bool(config.get("init_lora_weights", True))
+        config["init_lora_weights"] = bool(beginning)
         for up, down in _pairs(self._specs):
             (rows, _, *more), (_, *columns) = self._specs[up].shape, self._specs[down].shape
             self._specs[up] = Spec(self._specs[up].dtype, (rows, rank, *more))

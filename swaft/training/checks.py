@@ -16,7 +16,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +35,7 @@ from swaft.training.launch.accelerator import (
     resolve_engine,
     resolve_precision,
 )
-from swaft.training.launch.deepspeed_config import offloads_optimizer
+from swaft.training.launch.deepspeed_config import offloads_optimizer, stage_of
 from swaft.training.launch.deepspeed_extension import refuse_left_locks
 from swaft.training.launch.failure import message_of
 from swaft.training.models.build import Schedule, build_schedule, planned_steps
@@ -55,8 +55,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WholeT = TypeVar("WholeT")
-
 
 class MissingPart(AttributeError):
     """A part that could not be made; the reason is on the list of problems."""
@@ -67,14 +65,6 @@ class Parts:
 
     def __getattr__(self, name: str) -> Any:
         raise MissingPart(name)
-
-
-def without(whole: WholeT, names: Collection[str]) -> WholeT:
-    """Return a copy of an object, of a subclass of its class, without the attributes of these names."""
-    kind = type(whole)
-    some: Any = object.__new__(type(kind.__name__, (Parts, kind), {}))
-    vars(some).update({name: value for name, value in vars(whole).items() if name not in names})
-    return some
 
 
 class Prepared(Parts):
@@ -98,6 +88,9 @@ class Prepared(Parts):
     """What decides between weights."""
     cuts_rows: bool = False
     """Whether long rows are cut into several pieces, so that there may be more training inputs than rows."""
+
+
+Ready = TypeVar("Ready", bound=Prepared)
 
 
 class Problems:
@@ -151,9 +144,6 @@ def read_recipe(path: Path) -> Any:
     Returns None if the script is not a recipe, judged without running it. Other scripts may define the same two
     names; a recipe also imports from `swaft.training`.
 
-    Args:
-        path: path of a file.
-
     Raises:
         ConfigError: the file is not valid Python (with the line), or it cannot be imported.
     """
@@ -186,8 +176,6 @@ def read_recipe(path: Path) -> Any:
         raise ConfigError(f"{path}: Config is not a dataclass of sections such as TrainConfig")
     return module
 
-
-Ready = TypeVar("Ready", bound=Prepared)
 
 ROUTE_AMONG_MODULES = frozenset({"nllb-moe", "switch_transformers"})
 """Types of mixture-of-experts models that run the module of an expert only if a token is routed to it."""
@@ -233,10 +221,6 @@ class Start(Parts):
 
 def start_of(config: Any, prepare: Callable[[Any, Problems], Ready]) -> tuple[Ready, Start]:
     """Prepare and check everything that needs no process group, before there is one.
-
-    Args:
-        config: the recipe's configuration.
-        prepare: the recipe's ``prepare``.
 
     Returns:
         What ``prepare`` returned, and what the checks found.
@@ -310,11 +294,14 @@ def keep_all_layers(model_config: Any, world_size: int) -> None:
     Ranks would drop different layers, and wait for their gradients. The rates in the configuration become 0
     (M2M100 has 0.05).
     """
-    for part in (model_config, *vars(model_config).values()) if world_size > 1 else ():
-        rates = vars(part).items() if isinstance(part, PreTrainedConfig) else ()
-        for name, rate in [(name, rate) for name, rate in rates if name.endswith("layerdrop") and rate]:
-            logger.info("%s=%g is set to 0: ranks would drop different layers", name, rate)
-            setattr(part, name, 0.0)
+    if world_size == 1:
+        return
+    parts = [each for each in vars(model_config).values() if isinstance(each, PreTrainedConfig)]
+    for part in (model_config, *parts):
+        for name, rate in [*vars(part).items()]:
+            if name.endswith("layerdrop") and rate:
+                logger.info("%s=%g is set to 0: ranks would drop different layers", name, rate)
+                setattr(part, name, 0.0)
 
 
 def read_engine(start: Start) -> EngineSettings:
@@ -371,7 +358,7 @@ def check_checkpoint(start: Start) -> None:
         return
     path, manifest = found
     before = RunRecord.read(manifest.content, path)
-    stage = None if deepspeed is None else deepspeed.config["zero_optimization"].get("stage", 0)
+    stage = None if deepspeed is None else stage_of(deepspeed.config)
     # What is not known yet is assumed to be the same.
     now = replace(before.setup, **layout_of(train, world_size=start.world_size, stage=stage))
     if hasattr(start, "total_steps") and not start.may_be_longer:

@@ -105,9 +105,8 @@ TASK_METRICS = {
     "cola": "matthews_correlation",
     "mrpc": "accuracy_f1",
     "qqp": "accuracy_f1",
-    "stsb": "pearson_spearman",
 }
-"""The metric that GLUE reports, if it is not accuracy (Wang et al. 2019, table 1)."""
+"""The metric that GLUE reports for a task of classes, if it is not accuracy (Wang et al. 2019, table 1)."""
 
 
 def get_metric(
@@ -136,9 +135,8 @@ def get_metric(
         ConfigError: an unknown name, a metric for another kind of task, or a class that does not exist.
     """
     if name == "auto":
-        usual = TASK_METRICS.get((task_name or "").lower().replace("-", ""), "accuracy")
-        fits = METRICS[usual].is_regression == is_regression
-        name = usual if fits else "pearson_spearman" if is_regression else "accuracy"
+        of_classes = TASK_METRICS.get((task_name or "").lower(), "accuracy")
+        name = "pearson_spearman" if is_regression else of_classes
     refuse_unfit(name, "regression" if is_regression else "classification")
     metric = METRICS[name].require_modules()
     if "f1" not in metric.names:

@@ -122,11 +122,13 @@ def test_running_statistics_of_an_average_are_those_of_torchs_update_bn(batches,
     assert model[1].momentum == 0.1
     assert torch.equal(torch.get_rng_state(), random_state)
     averager.save_pretrained(tmp_path / "out")
-    saved = load_file(tmp_path / "out" / "model.safetensors")
     with averager.swapped_in():
+        averager.save_pretrained(tmp_path / "inside")
+        saved, inside = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "inside"))
         for name in ("running_mean", "running_var"):
             assert torch.equal(getattr(model[1], name), getattr(expected[1], name))
             assert torch.equal(saved[f"1.{name}"], getattr(expected[1], name))
+            assert torch.equal(inside[f"1.{name}"], saved[f"1.{name}"])
             assert not torch.equal(before[f"1.{name}"], getattr(expected[1], name))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -9,7 +9,7 @@ import torch
 from lora_models import bert
 from peft import LoraConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import moved
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -271,6 +271,27 @@ def test_what_is_not_read_back_as_it_was_written_gets_no_name(tmp_path, monkeypa
     with pytest.raises(AveragingError, match="was not read back as it was written"):
         save_pretrained(engine_of(bert()), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_holds_every_tensor_under_its_name_or_in_another_form_with_the_same_numbers(tmp_path):
+    first, second = torch.ones(3), torch.randn(4)
+    folders = {
+        "same": {"first": first, "second": second},
+        "another form": {"first": first, "a": second[:2], "b": second[2:]},
+        "one less": {"first": first},
+        "other numbers": {"first": first, "a": second[:2], "b": second[2:] * 2},
+        "one more": {"first": first, "second": second, "third": first},
+    }
+    refused = []
+    for name, tensors in folders.items():
+        (tmp_path / name).mkdir()
+        save_file({key: each.clone() for key, each in tensors.items()}, tmp_path / name / "model.safetensors")
+        try:
+            export.check_written(tmp_path / name, {"first": first, "second": second})
+        except AveragingError as error:
+            refused.append(name)
+            assert "under other names with a sum of squares of" in str(error)
+    assert refused == ["one less", "other numbers", "one more"]
 
 
 def llama():

@@ -11,7 +11,7 @@ import torch
 from small_runs import attached, take_step
 
 from swaft.averaging.rules import SWA, Readout, Windows
-from swaft.averaging.search import search_windows
+from swaft.averaging.search import most_evaluations, search_windows
 from swaft.errors import AveragingError
 
 pytestmark = pytest.mark.unit
@@ -61,8 +61,10 @@ def test_starts_are_tried_first_and_then_the_ends_of_the_best_start():
 
 def test_the_number_of_evaluations_grows_with_the_blocks_and_not_with_their_pairs():
     averager = Averager(blocks=16)
+    expected = most_evaluations(averager)
     found = search_windows(averager, score_of(averager, {}))
-    assert len(found.tried) == len(averager.swaps) == 31
+    assert len(found.tried) == len(averager.swaps) == expected == 31
+    assert most_evaluations(averager, blends=(0.0, 0.5)) == 33
 
 
 def test_a_loss_is_searched_by_min():

@@ -82,7 +82,7 @@ OF_A_LAUNCH = {
     "data/texts.py: encode": "report_special_tokens has asked it about every text that it may refuse",
     "data/texts.py: refuse_split_settings": "a new tokenizer is there only then; prepare asks it about the model's",
     "models/encoder_decoder.py: require_saving": "training changes the settings that are loaded with the weights",
-    "models/encoder_decoder.py: require_order": "it is measured on weights, and there are none on paper",
+    "models/checks.py: require_order": "it is measured on weights, and there are none on paper",
     "models/build.py: require_called": "what the loop of a copied recipe calls is seen once it runs",
     "models/build.py: require_own_parameters": "the optimizer may be a copied recipe's, made from weights",
     "run/state.py: _require_plain": "a copied recipe's parts are made after its model",

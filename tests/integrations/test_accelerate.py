@@ -83,6 +83,16 @@ def test_a_loop_resumes_its_weights_its_rate_and_the_averages_of_two_averagers(t
     assert all(map(torch.equal, whole.model.parameters(), resumed.model.parameters()))
 
 
+def test_a_checkpoint_takes_the_place_of_an_older_one_of_its_name(tmp_path):
+    loop = Loop(tmp_path, SWA).registered()
+    loop.accelerator.project_configuration.automatic_checkpoint_naming = False
+    for last in (3, 5):
+        loop.train(0 if last == 3 else 3, last).accelerator.save_state(str(tmp_path / "latest"))
+    again = Loop(tmp_path, SWA).registered()
+    again.accelerator.load_state(str(tmp_path / "latest"))
+    assert torch.equal(again.averagers[0].shard(), loop.averagers[0].shard())
+
+
 def test_averages_in_a_checkpoint_are_exported_as_the_loop_itself_would(tmp_path):
     loop = Loop(tmp_path / "run", SWA).registered().train()
     loop.accelerator.save_state()

@@ -224,6 +224,15 @@ def test_resuming_with_another_rule_is_refused(tmp_path, averaging):
         )
 
 
+def test_a_run_that_goes_back_to_an_earlier_checkpoint_writes_the_later_ones_again(tmp_path, averaging):
+    settings = {"max_steps": 4, "save_steps": 2, "eval_strategy": "no"}
+    trainer(tmp_path, averaging, **settings).train()
+    shutil.rmtree(tmp_path / "final-averaged")
+    again = WeightAveragingCallback(swaft.SWA(start=0.5))
+    trainer(tmp_path, again, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(again.averager.shard(), averaging.averager.shard())
+
+
 def test_a_run_without_the_callbacks_is_not_resumed_with_them(tmp_path, averaging):
     trainer(tmp_path).train()
     with pytest.raises(StateError, match=r"noise\.json"):

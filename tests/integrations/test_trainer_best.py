@@ -70,6 +70,8 @@ def test_choosing_by_the_average_before_there_is_one_is_refused_before_training(
     settings = {"load_best_model_at_end": True, "metric_for_best_model": "averaged_loss", "save_steps": 2}
     with pytest.raises(ConfigError, match="eval_delay=4"):
         trainer(tmp_path, averaging, **settings).train()
+    with pytest.raises(ConfigError, match="set eval_on_start=False"):
+        trainer(tmp_path, averaging, eval_delay=4, eval_on_start=True, **settings).train()
 
 
 def test_a_trainer_that_never_evaluates_may_name_an_averaged_score(tmp_path, averaging):

@@ -150,8 +150,28 @@ def test_another_loss_of_the_sft_trainer_is_refused(tmp_path):
         sft_trainer(tmp_path, NoiseCallback(swaft.R3F()), loss_type="dft").train()
 
 
+def test_a_training_that_failed_can_be_started_again(tmp_path):
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    settings = {"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    run = trainer(tmp_path, NoiseCallback(swaft.R3F(sigma=0.01)), **settings)
+    failing = run.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.train()
+    failing.remove()
+    run.train()
+    assert run.state.global_step == 2
+
+
 class Counting(swaft.R3F):
-    """An objective that knows how often it was asked."""
+    """An objective that knows how often it was asked, and how often a training has ended."""
+
+    finished = 0
+
+    def finish(self):
+        self.finished += 1
+        super().finish()
 
     def __call__(self, model, batch):
         self.asked = getattr(self, "asked", 0) + 1
@@ -168,6 +188,7 @@ def test_an_objective_trains_only_while_its_callback_is_there(tmp_path):
     run.add_callback(NoiseCallback(second))
     run.train()
     assert (first.asked, second.asked) == (2, 2)
+    assert (first.finished, second.finished) == (1, 1)
     run.add_callback(NoiseCallback(first))
     with pytest.raises(NoiseError, match="twice"):
         run.train()

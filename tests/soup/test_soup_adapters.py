@@ -152,6 +152,12 @@ def test_adapters_of_different_base_models_are_refused(tmp_path, name):
     average(paths, tmp_path / "out")
 
 
+def test_an_adapter_that_names_no_base_model_may_have_any(tmp_path):
+    names = {"a": "some/model", "b": None}
+    paths = [configured(adapter(tmp_path / n, 0), base_model_name_or_path=name) for n, name in names.items()]
+    average(paths, tmp_path / "out")
+
+
 def test_settings_of_training_that_differ_between_adapters_are_noted(tmp_path):
     paths = [adapter(tmp_path / "a", 0), adapter(tmp_path / "b", 1, lora_dropout=0.25)]
     soup = average(paths, tmp_path / "out")
@@ -199,6 +205,13 @@ def test_another_method_than_lora_is_refused(tmp_path):
 def test_a_rank_is_refused_where_layers_have_ranks_of_their_own(tmp_path):
     paths = [adapter(tmp_path / str(i), i, rank_pattern={"query": 3}) for i in range(2)]
     with pytest.raises(StateError, match="--lora-rank: these adapters have ranks or alphas of their own"):
+        average(paths, tmp_path / "out", lora_rank=4)
+    average(paths, tmp_path / "out")
+
+
+def test_adapters_whose_start_has_changed_their_base_keep_their_rank(tmp_path):
+    paths = [configured(adapter(tmp_path / str(i), i), init_lora_weights="pissa") for i in range(2)]
+    with pytest.raises(StateError, match=r"have init_lora_weights='pissa'.*leave --lora-rank out"):
         average(paths, tmp_path / "out", lora_rank=4)
     average(paths, tmp_path / "out")
 

@@ -117,7 +117,10 @@ def test_shards_are_as_full_as_they_may_be_and_listed(tmp_path):
 
 def test_other_files_are_copied_and_the_type_is_set(tmp_path):
     paths = folders(tmp_path, 2)
-    for name in ("optimizer.pt", "training_args.bin", "trainer_state.json", ".hidden", "pytorch_model.bin"):
+    for name in (
+        *("optimizer.pt", "training_args.bin", "trainer_state.json", ".hidden", "pytorch_model.bin"),
+        *("noise.json", "manifest.json", "COMPLETE", "latest", "average.json"),
+    ):
         (paths[0] / name).write_bytes(b"x")
     (paths[0] / "README.md").write_text("The last weights of a training run.")
     (paths[0] / "folder").mkdir()
@@ -277,11 +280,14 @@ def test_weights_of_which_another_function_is_computed_are_refused(tmp_path, key
 
 def test_other_settings_that_differ_are_noted(tmp_path):
     paths = folders(tmp_path, 1)
-    paths.append(
-        folder_of(tmp_path / "b", random_tensors(2), config=CONFIG | {"dropout": 0.1, "use_cache": False})
-    )
+    # Two versions of transformers may not write the same settings, also of those that change what is computed.
+    more = {"dropout": 0.1, "use_cache": False, "hidden_act": "gelu"}
+    paths.append(folder_of(tmp_path / "b", random_tensors(2), config=CONFIG | more))
     soup = average(paths, tmp_path / "out")
-    assert soup.notes == [f"config.json of {paths[1]} differs from the first: dropout is 0.1, there not set"]
+    assert soup.notes == [
+        f"config.json of {paths[1]} differs from the first: {what}, there not set"
+        for what in ("dropout is 0.1", "hidden_act is 'gelu'")
+    ]
 
 
 def test_heads_with_their_classes_in_another_order_are_refused(tmp_path):

@@ -39,7 +39,9 @@ def padded(values: Tensor, numel: int) -> Tensor:
     return torch.cat([values, torch.full([numel - len(values)], math.nan)])
 
 
-def checkpoint(path, tensors, *, stage, world, tag="global_step7", groups=GROUPS, frozen_names=FROZEN):
+def checkpoint(
+    path, tensors, *, stage, world, tag="global_step7", groups=GROUPS, frozen_names=FROZEN, alignment=1
+):
     """Write what `save_checkpoint` writes, as far as `zero_to_fp32` reads it."""
     folder = path / tag
     folder.mkdir(parents=True)
@@ -64,7 +66,10 @@ def checkpoint(path, tensors, *, stage, world, tag="global_step7", groups=GROUPS
             for rank in range(world):
                 parts[rank].append(torch.cat(pieces[rank]))
         else:
-            flat = torch.cat([tensors[name].flatten() for name in group])
+            aligned = [
+                padded(tensors[n].flatten(), -(-tensors[n].numel() // alignment) * alignment) for n in group
+            ]
+            flat = torch.cat(aligned)
             share = math.ceil(len(flat) / world)
             for rank, piece in enumerate(padded(flat, share * world).split(share)):
                 parts[rank].append(piece.clone())
@@ -72,6 +77,9 @@ def checkpoint(path, tensors, *, stage, world, tag="global_step7", groups=GROUPS
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
         masters = [part.requires_grad_() for part in parts[rank]]  # as DeepSpeed's are, when they are pickled
         state = {"zero_stage": stage, "partition_count": world, key: masters}
+        if alignment > 1:
+            paddings = [[-tensors[name].numel() % alignment for name in group] for group in groups]
+            state["param_alignment_paddings"] = paddings
         torch.save(
             {"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         )
@@ -88,11 +96,13 @@ def checkpoint(path, tensors, *, stage, world, tag="global_step7", groups=GROUPS
     return path
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "alignment"), [(1, 1), (2, 1), (3, 1), (2, 4)], ids=["1", "2", "3", "2, each weight aligned"]
+)
 @pytest.mark.parametrize("world", [1, 2, 3, 12])
-def test_every_slice_is_what_deepspeed_puts_together(tmp_path, stage, world):
+def test_every_slice_is_what_deepspeed_puts_together(tmp_path, stage, world, alignment):
     tensors = tensors_of(0)
-    path = checkpoint(tmp_path / "c", tensors, stage=stage, world=world)
+    path = checkpoint(tmp_path / "c", tensors, stage=stage, world=world, alignment=alignment)
     theirs = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(path))
     with open_checkpoint(path, trust_pickle=True) as found:
         assert found.aliases == {"tied.weight": "embed.weight"}
@@ -133,6 +143,19 @@ def test_checkpoints_of_any_stage_and_number_of_ranks_average_with_a_base(tmp_pa
 def test_one_checkpoint_averages_to_its_masters(tmp_path, stage):
     tensors = tensors_of(0)
     path = checkpoint(tmp_path / "c", tensors, stage=stage, world=2)
+    average([path], tmp_path / "out", base=folder_of(tmp_path / "base", tensors_of(1)), trust_pickle=True)
+    assert same_bits(loaded(tmp_path / "out"), tensors)
+
+
+def test_a_checkpoint_that_names_no_stage_is_of_an_optimizer_that_partitions_as_stage_1_does(tmp_path):
+    tensors = tensors_of(0)
+    path = checkpoint(tmp_path / "c", tensors, stage=1, world=2)
+    for file in (path / "global_step7").glob(
+        "*_optim_states.pt"
+    ):  # as DeepSpeed's for bf16 with fp32 gradients
+        state = torch.load(file, weights_only=False)
+        del state["optimizer_state_dict"]["zero_stage"]
+        torch.save(state, file)
     average([path], tmp_path / "out", base=folder_of(tmp_path / "base", tensors_of(1)), trust_pickle=True)
     assert same_bits(loaded(tmp_path / "out"), tensors)
 

@@ -80,12 +80,13 @@ def test_whatever_call_fails_the_old_folder_or_the_new_one_is_there_whole(tmp_pa
     assert survived > 10
 
 
-def test_what_somebody_else_has_put_there_is_never_overwritten(tmp_path):
+@pytest.mark.parametrize("name", ["note.txt", "w.safetensors.mine"])
+def test_what_somebody_else_has_put_there_is_never_overwritten(tmp_path, name):
     write(tmp_path / "state", 1.0)
-    (tmp_path / "state" / "note.txt").write_text("mine")
-    with pytest.raises(StateError, match=r"holds 'note\.txt'.*not overwritten"):
+    (tmp_path / "state" / name).write_text("mine")
+    with pytest.raises(StateError, match=f"holds '{name}'.*not overwritten"):
         write(tmp_path / "state", 2.0)
-    assert (tmp_path / "state" / "note.txt").read_text() == "mine"
+    assert (tmp_path / "state" / name).read_text() == "mine"
     assert value_in(tmp_path / "state") == 1.0
     assert not beside(tmp_path / "state", "new").exists()
 

@@ -117,6 +117,15 @@ def test_the_header_is_padded_to_eight_bytes(tmp_path):
         assert json.loads(raw[8 : 8 + length])
 
 
+def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path):
+    kinds = {"a": torch.uint8, "b": torch.float32, "c": torch.bfloat16, "d": torch.float64}
+    write(tmp_path / "x", {name: torch.ones(3, dtype=dtype) for name, dtype in kinds.items()})
+    raw = (tmp_path / "x").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert header.keys() == kinds.keys()
+    assert not any(entry["data_offsets"][0] % kinds[name].itemsize for name, entry in header.items())
+
+
 def write_pieces(path, pieces, then=lambda: None):
     def values(name):
         for piece in pieces:

@@ -33,6 +33,18 @@ def make_accelerator():
     return make
 
 
+@pytest.fixture
+def run(make_accelerator, tmp_path):
+    """Trains as a recipe does (`tiny_loop.train`), each time in a folder of its own unless one is given."""
+    from tiny_loop import train  # here: most tests train nothing
+
+    def call(model, rows, **settings):
+        folder = {"output_dir": str(tmp_path / str(len(list(tmp_path.iterdir()))))}
+        return train(make_accelerator, model, rows, **(folder | settings))
+
+    return call
+
+
 def _forget() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -275,7 +275,7 @@ def test_the_best_is_chosen_anew_where_it_cannot_be_compared_with_what_was(
 
 
 def test_a_score_that_there_is_not_is_refused_before_training():
-    main = ("accuracy", "f1")
+    main = metrics.METRICS["accuracy_f1"]
     chosen = choose_target(EvalConfig(metric_for_best_model="f1"), main, ["train"])
     assert (chosen.chosen, chosen.better) == ("f1", max)
     chosen = choose_target(EvalConfig(metric_for_best_model="loss"), main, ["train"])
@@ -287,7 +287,7 @@ def test_a_score_that_there_is_not_is_refused_before_training():
 
 def test_decoders_are_chosen_by_any_of_their_scores():
     found = {
-        name: choose_target(EvalConfig(metric_for_best_model=name), TOKEN_SCORES, ["train"])
+        name: choose_target(EvalConfig(metric_for_best_model=name), None, ["train"], others=TOKEN_SCORES)
         for name in TOKEN_SCORES
     }
     assert {name: target.better for name, target in found.items()} == {
@@ -297,15 +297,15 @@ def test_decoders_are_chosen_by_any_of_their_scores():
     }
     assert {target.score for target in found.values()} == {"loss"}
     with pytest.raises(ConfigError, match=r"expected one of loss, perplexity, token_accuracy$"):
-        choose_target(EvalConfig(metric_for_best_model="accuracy"), TOKEN_SCORES, ["train"])
+        choose_target(EvalConfig(metric_for_best_model="accuracy"), None, ["train"], others=TOKEN_SCORES)
 
 
-@pytest.mark.parametrize("asked", [{"keep_best": "last"}, {"early_stopping_patience": 1}])
+@pytest.mark.parametrize("asked", [{"eval_steps": 2}, {"keep_best": "last"}, {"early_stopping_patience": 1}])
 def test_weights_cannot_be_judged_without_validation_rows(asked):
-    main = ("accuracy",)
+    main = metrics.METRICS["accuracy"]
     with pytest.raises(ConfigError, match=f"eval.{next(iter(asked))}: .* there are none"):
-        choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "test"])
-    choose_target(EvalConfig(eval_steps=1, **asked), main, ["train", "validation"])
+        choose_target(EvalConfig(**{"eval_steps": 1} | asked), main, ["train", "test"])
+    choose_target(EvalConfig(**{"eval_steps": 1} | asked), main, ["train", "validation"])
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_weights_cannot_be_judged_without_validation_rows(asked):
     ],
 )
 def test_a_blend_or_a_window_is_chosen_on_validation_rows(searched, expected):
-    main = ("accuracy",)
+    main = metrics.METRICS["accuracy"]
     with pytest.raises(ConfigError, match=expected):
         choose_target(EvalConfig(), main, ["train", "test"], searched)
     choose_target(EvalConfig(), main, ["train", "validation"], searched)
@@ -330,7 +330,7 @@ def test_a_blend_or_a_window_is_chosen_on_validation_rows(searched, expected):
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_every_metric_knows_the_names_of_its_scores(metric):
-    chosen = choose_target(EvalConfig(), metric.names, [], lower_is_better=metric.lower_is_better)
+    chosen = choose_target(EvalConfig(), metric, [])
     assert chosen.better is (min if metric.name == "mse" else max)
 
 
@@ -339,12 +339,7 @@ def test_a_metric_of_a_recipe_of_ones_own_says_which_of_its_scores_are_better_wh
         "errors", ("mae", "r2"), lambda predictions, references: {}, lower_is_better=("mae",)
     )
     better = {
-        name: choose_target(
-            EvalConfig(metric_for_best_model=name),
-            errors.names,
-            ["train"],
-            lower_is_better=errors.lower_is_better,
-        ).better
+        name: choose_target(EvalConfig(metric_for_best_model=name), errors, ["train"]).better
         for name in (*errors.names, "loss")
     }
     assert better == {"mae": min, "r2": max, "loss": min}

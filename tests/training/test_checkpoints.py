@@ -91,11 +91,14 @@ def test_a_run_that_was_ended_in_its_first_checkpoint_says_that_it_begins_anew(r
 def test_of_a_damaged_one_the_one_before_is_taken_and_that_is_said(ranks, tmp_path, file, caplog):
     save(ranks, tmp_path, 5, 10)
     flip(tmp_path / "checkpoint-10" / file)
+    (tmp_path / "checkpoint-10.damaged" / "of an earlier one").mkdir(parents=True)
     chosen = choose_checkpoint("auto", tmp_path, ranks)
     assert chosen
     assert chosen.path.name == "checkpoint-5"
     assert "is damaged, and now called" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-10.damaged"}
+    assert not (tmp_path / "checkpoint-10.damaged" / "of an earlier one").exists()
+    assert find_checkpoints(tmp_path) == [tmp_path / "checkpoint-5"]
 
 
 @pytest.mark.parametrize("fault", ["memory", "link"])
@@ -149,6 +152,17 @@ def test_the_one_that_is_named_is_the_only_one_to_do(ranks, tmp_path):
     with pytest.raises(StateError, match=r"checkpoint-10/file is damaged"):
         choose_checkpoint(str(tmp_path / "checkpoint-10"), tmp_path, ranks)
     assert choose_checkpoint(str(tmp_path / "checkpoint-5"), tmp_path / "other", ranks)
+
+
+def test_before_a_launch_one_with_a_damaged_manifest_is_passed_over_unless_it_is_named(ranks, tmp_path):
+    save(ranks, tmp_path, 5, 10)
+    flip(tmp_path / "checkpoint-10" / "manifest.json")
+    found = checkpoint_on_paper("auto", tmp_path)
+    assert found
+    assert found.path.name == "checkpoint-5"
+    assert checkpoint_on_paper("none", tmp_path) is None
+    with pytest.raises(StateError, match="manifest"):
+        checkpoint_on_paper(str(tmp_path / "checkpoint-10"), tmp_path)
 
 
 def test_going_back_in_a_folder_with_later_ones_is_refused(ranks, tmp_path):

@@ -297,6 +297,12 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         launcher_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "nowhere.json")})
 
 
+def test_a_refused_relative_name_says_in_which_folder_it_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"relative names start in {tmp_path}"):
+        launcher_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_configs/zero3.json"})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -336,7 +342,7 @@ def test_single_values_of_the_accelerate_file_that_would_be_dropped_are_reported
         "ACCELERATE_GRADIENT_CLIPPING": "0.5",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
     }
-    problems = launcher_problems(environ, TRAIN, {"stage": 3})
+    problems = launcher_problems(environ, TRAIN, {"zero_optimization": {"stage": 3}})
     assert len(problems) == 2
     assert "gradient_accumulation_steps = 1" in problems[0]
     assert "zero_stage = 2" in problems[1]

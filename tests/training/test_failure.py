@@ -32,7 +32,7 @@ def test_a_run_that_ends_well_exits_with_zero(capsys):
 def test_an_error_of_swaft_is_one_message_without_traceback(capsys):
     assert run_and_report(failing(ConfigError(["first: wrong", "second: wrong"]))) == 1
     said = capsys.readouterr().err
-    assert said == "error: 2 problems with this run:\n  - first: wrong\n  - second: wrong\n"
+    assert said == "error: 2 problems:\n  - first: wrong\n  - second: wrong\n"
 
 
 def test_an_error_of_an_objective_is_reported_with_the_section_of_its_settings(capsys):

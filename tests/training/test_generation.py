@@ -18,6 +18,7 @@ from swaft.training.data.seq2seq import (
     tokenize_pairs,
 )
 from swaft.training.data.texts import Collator
+from swaft.training.evaluation import generation
 from swaft.training.evaluation.evaluate import Evaluation, write_samples
 from swaft.training.evaluation.generation import (
     evaluate_texts,
@@ -108,6 +109,24 @@ def test_texts_are_those_of_generate_in_the_order_of_the_rows(evaluated):
     assert set(found.scores) == {"chrf", "loss", "gen_len"}
     assert found.scores["gen_len"] <= 4
     assert "chrf" in found.details["signatures"]
+
+
+def test_the_length_of_texts_counts_no_padding(evaluated, monkeypatch):
+    def texts(model, batch, accelerator, settings):
+        lengths = batch["idx"] % 3 + 1  # 1, 2, 3, 1, 2
+        return torch.where(torch.arange(3) < lengths[:, None], 7, settings["pad_token_id"])
+
+    monkeypatch.setattr(generation, "generate_tokens", texts)
+    assert evaluated.evaluate(2).scores["gen_len"] == pytest.approx(9 / 5)
+
+
+def test_nothing_is_drawn_for_a_text_and_the_decoders_start_token_is_no_part_of_it(make_accelerator):
+    network, asked = torch.nn.Linear(1, 1), {}
+    network.generate = lambda **given: asked.update(given) or torch.tensor([[9, 5, 1]])
+    batch = {"input_ids": "ids", "labels": "labels", "idx": "rows"}
+    tokens = generation.generate_tokens(network, batch, make_accelerator(), {"max_new_tokens": 2})
+    assert tokens.tolist() == [[5, 1]]
+    assert asked == {"input_ids": "ids", "do_sample": False, "use_cache": True, "max_new_tokens": 2}
 
 
 def test_evaluation_leaves_the_mode_and_the_random_state_it_found(evaluated):

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from swaft.errors import StateError
-from swaft.training.launch.failure import (
+from swaft.training.launch.interruption import (
     SIGNALS,
     Interrupted,
     InterruptibleLoader,

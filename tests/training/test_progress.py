@@ -7,18 +7,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 
+import swaft
 from swaft.averaging import Readout, ReadoutSearch, Tried
+from swaft.averaging.host.pipeline import Waits
 from swaft.averaging.rules import Windows
 from swaft.training.config import AveragingConfig, ModelConfig, TrackConfig, TrainConfig
 from swaft.training.data.classification import ClassificationConfig
-from swaft.training.evaluation.best import Target
+from swaft.training.evaluation.best import Best, Target
+from swaft.training.evaluation.evaluate import Evaluation
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import (
     ProgressLog,
     closing_table,
+    run_facts,
     setup_logging,
     start_trackers,
+    summary,
     training_line,
 )
 from swaft.training.run.step import Position
@@ -129,6 +136,50 @@ def test_what_was_chosen_after_training_is_said_with_its_score(log, caplog, choi
     assert f"choosing the {' and the '.join(choices)} of the average by f1 on validation data" in caplog.text
     assert f"averaged: {message}" in caplog.text
     assert "(f1 69.8551)" in caplog.text
+
+
+def test_the_banner_counts_rows_over_all_ranks(make_accelerator, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 2))
+    train = TrainConfig(output_dir="-", per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    run: Any = SimpleNamespace(
+        **{"config": SimpleNamespace(train=train), "accelerator": make_accelerator(), "averager": None},
+        **{"objective": swaft.TaskLoss(), "model": torch.nn.Linear(1, 1), "num_parameters": "2"},
+        **{"num_rows": 96, "total_steps": 10, "steps_per_epoch": 4},
+    )
+    facts = run_facts(run, task="classes", schedule=lambda step: 0.1)
+    assert facts["Total train batch size (w. parallel, distributed & accumulation)"] == 24
+    assert facts["Num epochs"] == "2.50"
+    assert facts["Averaging"] == "none"
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_the_summary_says_how_far_the_run_came_and_what_was_tried(stopped):
+    tried = [Tried(Readout(start=n), start=n, end=8, members=9 - n, score=0.5 + n) for n in (2, 4)]
+    run: Any = SimpleNamespace(
+        position=Position(step=7, stopped=stopped),
+        applied_steps=6,
+        target=Target(score="f1", chosen="loss"),
+        averager=SimpleNamespace(num_averaged=5, waits=Waits(count=2, seconds=0.12345)),
+        best=SimpleNamespace(found=Best(step=4, weights="averaged", metric="loss", score=0.25)),
+    )
+    evaluations = {
+        "test": {"last": Evaluation(scores={"f1": 0.5}), "averaged": Evaluation(scores={"f1": 0.75})}
+    }
+    found = summary(run, evaluations, seconds=1.23456, window=ReadoutSearch(tried[1], tuple(tried)))
+    assert found.pop("window") == tried[1].row()
+    assert found.pop("windows_tried") == [each.row() for each in tried]
+    assert found.pop("stopped_early_at", None) == (7 if stopped else None)
+    assert found == {
+        "metric": "f1",
+        "scores": {"test": {"last": {"f1": 0.5}, "averaged": {"f1": 0.75}}},
+        "steps": 7,
+        "applied_steps": 6,
+        "num_averaged": 5,
+        "train_seconds": 1.235,
+        "best": {"step": 4, "weights": "averaged", "metric": "loss", "score": 0.25},
+        "averaging_waits": 2,
+        "averaging_wait_seconds": 0.123,
+    }
 
 
 @pytest.mark.parametrize(("rank", "levels"), [("0", "as before"), ("1", {logging.ERROR})])

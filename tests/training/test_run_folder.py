@@ -67,6 +67,11 @@ def test_json_is_replaced_whole_and_leaves_no_half_file(folder):
     assert [name for entry in folder.path.iterdir() if (name := entry.name) != ".lock"] == ["summary.json"]
 
 
+def test_a_command_with_a_path_of_any_bytes_is_written_byte_by_byte(folder):
+    folder.write_text("command.txt", os.fsdecode(b"train --output /data/\xff\n"))
+    assert (folder.path / "command.txt").read_bytes() == b"train --output /data/\xff\n"
+
+
 def test_other_ranks_write_nothing(tmp_path):
     other = RunFolder(Path(tmp_path), is_main=False)
     other.write_json("summary.json", {})
@@ -107,6 +112,18 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(make_accel
     assert (tmp_path / "best").exists()  # for the run may still be refused
     folder.begin("train: {}\n", make_accelerator(), engine="plain")
     assert not {"metrics.jsonl", "best"} & {entry.name for entry in tmp_path.iterdir()}
+
+
+def test_final_weights_of_a_run_that_was_ended_before_its_summary_are_written_anew(
+    make_accelerator, tmp_path
+):
+    made(tmp_path, "config.yaml", "metrics.jsonl", "final/", "final-averaged/", "best/")
+    save_checkpoint(shared_ranks(), tmp_path, 5, write=lambda path: {}, content={})
+    folder = RunFolder.create(tmp_path, make_accelerator(), resume="auto")
+    folder.begin("train: {}\n", make_accelerator(), engine="plain")
+    there = {entry.name for entry in tmp_path.iterdir()}
+    assert not {"final", "final-averaged"} & there
+    assert {"best", "metrics.jsonl", "checkpoint-5"} <= there
 
 
 def test_what_was_killed_before_it_had_written_anything_is_an_empty_folder(make_accelerator, tmp_path):

@@ -24,7 +24,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swaft.averaging.rules import RULES, Plan, PowerEMA, Rule
-from swaft.errors import ConfigError
+from swaft.distributed import is_first_rank
+from swaft.errors import ConfigError, one_line
 from swaft.options import Option, check, docs_of, options_of
 from swaft.training.config.schema import AveragingConfig, RecipeConfig, Section
 from swaft.training.config.values import (
@@ -47,10 +48,10 @@ def check_config(config: Any) -> list[str]:
     Args:
         config: a `RecipeConfig`, or any other dataclass of section dataclasses.
     """
-    sections = {field.name: getattr(config, field.name) for field in fields(config)}
+    parts = {field.name: getattr(config, field.name) for field in fields(config)}
     problems = [
         f"{name}.{setting}: {fault}"
-        for name, section in sections.items()
+        for name, section in parts.items()
         for setting, fault in check(section) or (section.conflicts() if isinstance(section, Section) else ())
     ]
     if problems or not isinstance(config, RecipeConfig):
@@ -210,7 +211,7 @@ def read_config(config_class: type[ConfigT], argv: Sequence[str]) -> Reading[Con
     problems += [
         f"{name}: is required; set it in a config, or as {name}=... on the command line"
         for name, option in known.items()
-        if option.required and name not in {*typed, *_leaders(problems)}
+        if option.required and name not in {*typed, *leaders(problems)}
     ]
     # A setting with a problem gets its default, or an empty text if it has none, so as not to be reported twice.
     stand_ins = {name: "" for name, option in known.items() if option.required}
@@ -219,13 +220,13 @@ def read_config(config_class: type[ConfigT], argv: Sequence[str]) -> Reading[Con
         section, setting = name.split(".")
         parts[section][setting] = value
     config = config_class(**{name: kind(**parts[name]) for name, kind in sections(config_class).items()})
-    faulty = _leaders(problems)
+    faulty = leaders(problems)
     # If a choice has a problem, it is not known which settings of its section are used.
     unsure = tuple(f"{choice.split('.')[0]}." for choice in _choices(config_class) if choice in faulty)
     problems += [
         problem
         for problem in check_config(config)
-        if not _leaders([problem]) & faulty and not problem.startswith(unsure)
+        if not leaders([problem]) & faulty and not problem.startswith(unsure)
     ]
     return Reading(config=config, origins=origins, replaced=replaced, problems=problems)
 
@@ -313,7 +314,7 @@ def _read_file(path: str) -> Iterator[tuple[str, Any]]:
         reason = f"cannot be read ({error.strerror or error}); give the path of a YAML file"
         raise ValueError(reason) from error
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ValueError(f"is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"is not YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError("expected sections such as `train:` with settings under them")
     for section, values in content.items():
@@ -407,7 +408,7 @@ def _fill_in(values: dict[str, Any], known: Mapping[str, Option], problems: list
     return resolved
 
 
-def _leaders(problems: Sequence[str]) -> set[str]:
+def leaders(problems: Sequence[str]) -> set[str]:
     """Name the settings that the problems are about."""
     return {problem.split(":")[0] for problem in problems}
 
@@ -432,7 +433,7 @@ def _nearest_setting(name: str, known: Mapping[str, Option]) -> str:
 
 def _leave(text: str) -> None:
     """Print and exit 0; if several processes were launched together, only the first prints."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         try:
             sys.stdout.write(text)
             sys.stdout.flush()

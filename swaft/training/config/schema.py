@@ -327,8 +327,12 @@ class AveragingConfig(Section):
             yield "blend", "is chosen by averaging.search_blend; remove one of the two"
 
 
+NOISE_KINDS: dict[str, type] = {"r3f": R3F, "r4f": R4F, "rdrop": RDrop}
+"""The noise objectives by their name in `noise.kind`."""
+
+
 @dataclass(kw_only=True)
-@borrows({"r3f": R3F, "r4f": R4F, "rdrop": RDrop}, after="weight", but=("seed", "label_smoothing"))
+@borrows(NOISE_KINDS, after="weight", but=("seed", "label_smoothing"))
 class NoiseConfig(Section):
     """The noise-stability objective. null leaves the choice to the preset."""
 
@@ -365,6 +369,11 @@ class EvalConfig(Section):
 
     tasks: ClassVar[tuple[str, ...]] = ()
     """Kinds of task whose metrics `metric` may name (`swaft.training.metrics`)."""
+
+    @property
+    def judges_weights(self) -> bool:
+        """Whether weights are judged while a run trains, to keep the best or to stop early."""
+        return self.keep_best != "none" or self.early_stopping_patience is not None
 
     def conflicts(self) -> Iterator[Fault]:
         """Yield choices between weights without evaluations, and metrics of other tasks."""
@@ -431,7 +440,7 @@ class RecipeConfig:
             reason = "averaging.rule=merge weights each step by its distance from the run's end"
             advice = "which must be known in advance; use another rule (swa, ema), or train to the end"
             yield "eval.early_stopping_patience", f"{reason}, {advice}"
-        judged = rule == "windows" or self.averaging.search_blend or kept != "none" or patience is not None
+        judged = self.eval.judges_weights or self.averaging.search_blend or rule == "windows"
         if (named := self.eval.metric_for_best_model) is not None and not judged:
             reason = f"{named} decides between weights, but no setting asks for that decision"
             advice = "set eval.keep_best or eval.early_stopping_patience, or remove it"

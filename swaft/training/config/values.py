@@ -48,8 +48,10 @@ def settings(config_class: type) -> dict[str, Option]:
 
 def type_name(option: Option) -> str:
     """The type of a setting as written in help and messages: `float`, `int or float`, `a|b|c`."""
-    names = [name for kind, name in TYPE_NAMES.items() if kind in option.kinds and not option.choices]
-    return " or ".join(["|".join(option.choices)] * bool(option.choices) + names + ["null"] * option.optional)
+    names = [name for kind, name in TYPE_NAMES.items() if kind in option.kinds]
+    if option.choices:
+        names = ["|".join(option.choices)]
+    return " or ".join([*names, "null"] if option.optional else names)
 
 
 def written(value: Any) -> str:
@@ -152,11 +154,8 @@ def borrows(
     def decorate(section: SectionT) -> SectionT:
         own = list(section.__annotations__.items())
         place = [name for name, _ in own].index(after) + 1
-        borrowed, docs, all_users = (
-            dict[str, Any](),
-            dict[str, str](),
-            dict[str, Mapping[str, Collection[str]]](),
-        )
+        borrowed, docs = dict[str, Any](), dict[str, str]()
+        all_users = dict[str, Mapping[str, Collection[str]]]()
         for name in dict.fromkeys(name for kind in kinds.values() for name in options_of(kind)):
             users = {called: kind for called, kind in kinds.items() if name in options_of(kind)}
             all_users[name] = {called: options_of(kind)[name].choices for called, kind in users.items()}
@@ -187,9 +186,10 @@ def chosen_options(section: Any, kind: type | None) -> dict[str, Any]:
     options = {name: value for name in section.borrowed_docs if (value := getattr(section, name)) is not None}
     prefix, _, leaf = section.choice.partition(".")
     problems = [f"{prefix}.{name}: {fault}" for name, fault in section.conflicts()]
+    needed = {} if kind is None else options_of(kind)
     problems += [
         f"{prefix}.{name} is null, which {section.choice}={getattr(section, leaf)} needs; set it"
-        for name, option in ({} if kind is None else options_of(kind)).items()
+        for name, option in needed.items()
         if option.required and name in section.borrowed_docs and name not in options
     ]
     if problems:
@@ -217,7 +217,7 @@ def _borrowed_doc(name: str, users: Mapping[str, type], *, is_special: bool) -> 
     """Describe an option: its doc, which classes have it if not all do, and what null means."""
     kind = next(iter(users.values()))
     default, doc = options_of(kind)[name].default, docs_of(kind)[name].replace("None", "null")
-    remarks = [f"{', '.join(users)} only"] * is_special
+    remarks = [f"{', '.join(users)} only"] if is_special else []
     if default is MISSING:
         remarks.append("required")
     elif default is not None:

@@ -146,10 +146,6 @@ class CausalColumns:
 def find_columns(splits: Mapping[str, Dataset], data: CausalDataConfig) -> CausalColumns:
     """Find the columns, and check them in every row of every split.
 
-    Args:
-        splits: rows by split, `train` among them.
-        data: section ``data``.
-
     Raises:
         DataError: a column that does not exist or has to be specified; a missing or empty text; a chat without
             messages, or without an answer of the assistant; a prompt prefix or suffix for chats.
@@ -216,10 +212,8 @@ def tokenize_rows(
     """
     workers, skip = data.preprocessing_num_workers, data.skip_bad_rows
     # `map` pickles whatever the function holds, to name its cache.
-    data, columns = (
-        replace(data, preprocessing_num_workers=None, skip_bad_rows=False),
-        replace(columns, rows={}),
-    )
+    data = replace(data, preprocessing_num_workers=None, skip_bad_rows=False)
+    columns = replace(columns, rows={})
 
     def row_tokens(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         made = list(_tokens(rows, tokenizer, columns, data))
@@ -236,7 +230,7 @@ def tokenize_rows(
             "end": [row.end if row.length <= data.max_length else IGNORED for row in made],
             "changed": [row.changed for row in made],
             "fault": [
-                row.fault or full * all(label == IGNORED for label in labels)
+                row.fault or ("" if any(label != IGNORED for label in labels) else full)
                 for row, (_, labels) in zip(made, cut, strict=True)
             ],
         }
@@ -319,10 +313,10 @@ def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
             require_column(train, column, f"data.{name}_column")
     if columns["messages"] is None and columns["answer"] is None:
         unusual = (
-            "no columns have usual names for prompts and answers, chats or texts; {}; set data.prompt_column "
+            "no columns have usual names for prompts and answers, chats or texts; {}; set data.prompt_column and "
+            "data.answer_column, or data.messages_column"
         )
-        advice = "and data.answer_column, or data.messages_column"
-        found = usual_columns(train, (*USUAL_COLUMNS, *USUAL_MESSAGES, *USUAL_TEXTS), unusual + advice)
+        found = usual_columns(train, (*USUAL_COLUMNS, *USUAL_MESSAGES, *USUAL_TEXTS), unusual)
         if found in USUAL_MESSAGES:
             columns["messages"] = found[0]
         else:
@@ -345,12 +339,11 @@ def _refuse_unread(train: Dataset, found: tuple[str, ...]) -> None:
     )
     if more is None:
         return
-    put, named = (
-        f"put it into the column '{found[0]}'",
-        f"data.prompt_column={found[0]} data.answer_column={found[-1]}",
-    )
     if found in USUAL_MESSAGES:
         put, named = "put it into the chats as messages", f"data.messages_column={found[0]}"
+    else:
+        put = f"put it into the column '{found[0]}'"
+        named = f"data.prompt_column={found[0]} data.answer_column={found[-1]}"
     raise DataError(
         f"the rows have '{more}' besides {' and '.join(found)}, and it would not be read; {put}, or leave it out "
         f"with {named}"

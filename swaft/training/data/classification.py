@@ -286,8 +286,8 @@ def _label_faults(split: Dataset, column: str) -> Iterator[BadRow]:
         type(each) is int and each == -1 for each in labels
     )
     for row, value in enumerate(labels):
-        is_number = not isinstance(value, float) or math.isfinite(value)
-        if value is None or not is_number or (isinstance(value, str) and not value.strip()):
+        is_not_finite = isinstance(value, float) and not math.isfinite(value)
+        if value is None or is_not_finite or (isinstance(value, str) and not value.strip()):
             yield row, f"has no {column} ({value!r})"
         elif withheld and value == -1:
             yield row, f"has {column}=-1, which marks a row without its answer"

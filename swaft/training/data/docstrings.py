@@ -113,9 +113,8 @@ def _members(folder: Path) -> Iterator[Documented]:
         given_away = _given_away(modules)
         for path in (path for module in modules for path in _files(folder, module)):
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # the user cannot do anything about invalid escapes in the library
+                # The user cannot do anything about invalid escapes in the library.
+                warnings.simplefilter("ignore")
                 tree = ast.parse(path.read_bytes())
             module = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
             for name, node in _documented(tree, module):
@@ -152,10 +151,11 @@ def _mask(docstring: str, name: str, given_away: re.Pattern[str]) -> str:
 
 def _given_away(modules: list[str]) -> re.Pattern[str]:
     """Match words that are or contain the name of a module; names of up to three letters only as whole words."""
-    names = {part for module in modules for part in module.strip("_").split("_")} | {
-        module.strip("_") for module in modules
-    }
-    long = "|".join(sorted(re.escape(name) for name in names if len(name) > 3))
-    short = "|".join(sorted(re.escape(name) for name in names if len(name) <= 3))
-    patterns = [rf"[\w.]*(?:{long})[\w.]*"] * bool(long) + [rf"\b(?:{short})s?\b"] * bool(short)
+    whole = {module.strip("_") for module in modules}
+    names = whole | {part for name in whole for part in name.split("_")}
+    patterns = []
+    if long := "|".join(sorted(re.escape(name) for name in names if len(name) > 3)):
+        patterns.append(rf"[\w.]*(?:{long})[\w.]*")
+    if short := "|".join(sorted(re.escape(name) for name in names if len(name) <= 3)):
+        patterns.append(rf"\b(?:{short})s?\b")
     return re.compile("|".join(patterns), re.IGNORECASE)

@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 
-from swaft.errors import DataError
+from swaft.errors import DataError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def cause(error: BaseException) -> str:
     """Return the type and message of the root cause of an error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {one_line(error)[:300]}"
 
 
 @cache

@@ -24,10 +24,6 @@ def pack(rows: Dataset, max_length: int) -> Dataset:
 
     They are written to the cache of `datasets`: of the ranks of a machine the first writes, the others wait for it.
 
-    Args:
-        rows: from `tokenize_rows`.
-        max_length: most tokens of a packed row.
-
     Returns:
         A dataset with `input_ids`, `labels`, `position_ids` (from 0 in every original row) and `idx`.
     """

@@ -56,13 +56,9 @@ class QuestionAnsweringDataConfig(RowsConfig):
         """Yield also windows that could not advance."""
         yield from super().conflicts()
         if self.doc_stride >= self.max_seq_length:
-            message = (
-                f"windows of data.max_seq_length={self.max_seq_length} tokens cannot share {self.doc_stride}"
-            )
-            yield (
-                "doc_stride",
-                f"{message} of them and still advance; expected less, a third of the length say",
-            )
+            windows = f"windows of data.max_seq_length={self.max_seq_length} tokens"
+            reason = f"{windows} cannot share {self.doc_stride} of them and still advance"
+            yield "doc_stride", f"{reason}; expected less, a third of the length say"
 
 
 @dataclass(kw_only=True)

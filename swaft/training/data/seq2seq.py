@@ -331,13 +331,15 @@ def _find(train: Dataset, data: Seq2SeqDataConfig) -> PairColumns:
     if source is None or target is None:
         if languages:
             return PairColumns(TRANSLATION, TRANSLATION, *_chosen(languages, data))
-        unusual = "no pair of columns has usual names for source and target; {}; set data.source_column and "
-        unusual += "data.target_column"
+        unusual = (
+            "no pair of columns has usual names for source and target; {}; set data.source_column and "
+            "data.target_column"
+        )
         if TRANSLATION in train.column_names:
-            objects = (
-                "an object with a text for each language; json lines and parquet keep objects, csv does not"
+            unusual += (
+                f" (column '{TRANSLATION}' holds no translations: expected an object with a text for each "
+                "language; json lines and parquet keep objects, csv does not)"
             )
-            unusual += f" (column '{TRANSLATION}' holds no translations: expected {objects})"
         source, target = usual_columns(train, USUAL_COLUMNS, unusual)
         return PairColumns(source, target)
     if {source, target} <= set(languages):
@@ -373,21 +375,27 @@ def _faults(split: Dataset, columns: PairColumns) -> Iterator[BadRow]:
     if columns.source_lang is None:
         yield from text_faults(split, columns.source_column)
         yield from text_faults(split, columns.target_column)
-    for row, texts in enumerate(values(split, columns.source_column) if columns.source_lang else ()):
+    else:
+        yield from _translation_faults(split, columns)
+    if REFERENCES in split.column_names:
+        yield from _reference_faults(split)
+
+
+def _translation_faults(split: Dataset, columns: PairColumns) -> Iterator[BadRow]:
+    for row, texts in enumerate(values(split, columns.source_column)):
         if isinstance(texts, str):
-            yield (
-                row,
-                ColumnFault(
-                    f"has the text {texts!r:.80} as its translation; expected a text for each language"
-                ),
-            )
+            found = f"has the text {texts!r:.80} as its translation"
+            yield row, ColumnFault(f"{found}; expected a text for each language")
             continue
         for language in (columns.source_lang, columns.target_lang):
             text = (texts or {}).get(language)
             if not isinstance(text, str) or is_blank(text):
                 yield row, f"has {text!r} as its text in '{language}'; expected words"
+
+
+def _reference_faults(split: Dataset) -> Iterator[BadRow]:
     expected = "expected a list of one or more texts (rename the column if it is something else)"
-    for row, texts in enumerate(values(split, REFERENCES) if REFERENCES in split.column_names else ()):
+    for row, texts in enumerate(values(split, REFERENCES)):
         listed = isinstance(texts, list) and texts
         if not listed or not all(isinstance(text, str) and text.strip() for text in texts):
             yield row, f"has {texts!r} in column '{REFERENCES}'; {expected}"

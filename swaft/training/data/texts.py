@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from swaft.errors import DataError
+from swaft.noise.inputs import IGNORE_INDEX
 from swaft.options import suggestion
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,11 @@ def values(split: Dataset, *columns: str) -> Iterator[Any]:
     for first in range(0, len(split), ROWS_AT_ONCE):
         read = [split[column][first : first + ROWS_AT_ONCE] for column in columns]
         yield from read[0] if len(columns) == 1 else zip(*read, strict=True)
+
+
+def tuples(split: Dataset, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield a tuple of the values of these columns, one or several, row by row."""
+    return zip(*(values(split, column) for column in columns), strict=True)
 
 
 def require_column(split: Dataset, column: str, setting: str) -> None:
@@ -103,7 +109,8 @@ def text_faults(split: Dataset, column: str, *, blank: bool = True) -> Iterator[
     if getattr(feature, "dtype", "") not in TEXTS:
         there = ((row, each) for row, each in enumerate(values(split, column)) if each is not None)
         # Json decodes a text such as "7" to a number, so its rows may all look like texts, or none.
-        for row, value in sorted(there, key=lambda each: isinstance(each[1], str))[:1]:
+        if first := min(there, key=lambda each: isinstance(each[1], str), default=None):
+            row, value = first
             found = f"has {value!r:.80} in column '{column}'; expected text"
             read = f"the column was read as {_taken_for(feature, value)}"
             yield row, ColumnFault(f"{found}, but {read}")
@@ -205,7 +212,7 @@ def existing(split: Dataset) -> str:
     return f"the columns are {', '.join(split.column_names)}"
 
 
-IGNORED = -100
+IGNORED = IGNORE_INDEX
 """Label of positions that the loss ignores."""
 POSITIONS = ("start_positions", "end_positions")
 """Columns with the first and the last token of an answer."""
@@ -358,7 +365,7 @@ def refuse_rows_without_tokens(splits: Mapping[str, Dataset], columns: Sequence[
         return
     is_doubtful = without_letters(tokenizer)
     for name, split in splits.items():
-        for row, texts in enumerate(zip(*(values(split, column) for column in columns), strict=True)):
+        for row, texts in enumerate(tuples(split, columns)):
             if all(map(is_doubtful, texts)) and not tokenizer(*texts)["input_ids"]:
                 found = "an empty text" if all(map(is_blank, texts)) else f"the text {texts[0]!r}"
                 raise DataError(
@@ -381,7 +388,7 @@ def report_special_tokens(
     for name, split in splits.items():
         found = [
             (number_of(row), match.group(), texts)
-            for row, texts in enumerate(zip(*(values(split, column) for column in columns), strict=True))
+            for row, texts in enumerate(tuples(split, columns))
             if (match := next(filter(None, map(spelled.search, texts)), None))
         ]
         if not found:
@@ -411,10 +418,8 @@ def refuse_split_settings(tokenizer: PreTrainedTokenizerBase, data: Any, *settin
         text = getattr(data, name)
         if not tokenizer.split_special_tokens or not text:
             continue
-        if (
-            encode(tokenizer, [text])["input_ids"]
-            != tokenizer([text], split_special_tokens=False)["input_ids"]
-        ):
+        meant = tokenizer([text], split_special_tokens=False)["input_ids"]
+        if encode(tokenizer, [text])["input_ids"] != meant:
             raise DataError(
                 f"data.{name} is {text!r}, whose special tokens would be read as plain text; set "
                 "data.split_special_tokens=false, which applies to the rows as well, or take the tokens out"
@@ -423,9 +428,8 @@ def refuse_split_settings(tokenizer: PreTrainedTokenizerBase, data: Any, *settin
 
 def _can_split(tokenizer: Any) -> bool:
     if not isinstance(tokenizer, PreTrainedTokenizer):
-        return isinstance(
-            tokenizer, PreTrainedTokenizerFast
-        )  # mistral-common's never reads special tokens from a text
+        # mistral-common's, which is neither, never reads special tokens from a text.
+        return isinstance(tokenizer, PreTrainedTokenizerFast)
     # Slow tokenizers would also lose words that were added to them; in ESM's, all words were.
     added = set(map(str, tokenizer.added_tokens_decoder.values()))
     return added <= special_tokens(tokenizer).keys() and not hasattr(tokenizer, "unique_no_split_tokens")

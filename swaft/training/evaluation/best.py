@@ -16,7 +16,7 @@ from swaft.errors import ConfigError
 from swaft.storage import sync_tree
 from swaft.storage.files import beside, replace_folder
 from swaft.training.config import AveragingConfig, EvalConfig
-from swaft.training.evaluation.evaluate import Scores
+from swaft.training.metrics import Metric, Scores
 
 logger = logging.getLogger(__name__)
 
@@ -56,32 +56,28 @@ class Best:
         return f"step {self.step:,}, validation {self.metric} {self.score:.4f}"
 
 
-def watches_weights(evaluation: EvalConfig) -> bool:
-    """Whether a run's weights are judged while it trains, to keep the best or to stop early."""
-    return evaluation.keep_best != "none" or evaluation.early_stopping_patience is not None
-
-
 def choose_target(
     evaluation: EvalConfig,
-    names: Sequence[str],
+    metric: Metric | None,
     splits: Collection[str],
     averaging: AveragingConfig | None = None,
     *,
-    lower_is_better: Collection[str] = (),
+    others: Sequence[str] = ("loss",),
 ) -> Target:
     """Return what decides between weights: the score that the settings name, else the main one.
 
     Args:
         evaluation: section ``eval``.
-        names: scores that every evaluation reports, the main one first; there is always the loss as well.
+        metric: what is measured, its main score first; None: only the others.
         splits: names of the splits.
         averaging: section ``averaging``.
-        lower_is_better: of these scores, those for which lower is better, besides loss and perplexity.
+        others: scores that every evaluation reports as well.
 
     Raises:
         ConfigError: there is no such score, or there are no validation rows to choose by.
     """
-    known = list(dict.fromkeys([*names, "loss"]))
+    names, lower = (metric.names, metric.lower_is_better) if metric else ((), ())
+    known = list(dict.fromkeys([*names, *others]))
     chosen = evaluation.metric_for_best_model or known[0]
     problems = []
     if chosen not in known:
@@ -104,8 +100,8 @@ def choose_target(
     ]
     if problems:
         raise ConfigError(problems)
-    is_lower_better = chosen in (*LOWER_IS_BETTER, *lower_is_better)
-    return Target(score=known[0], chosen=chosen, better=min if is_lower_better else max)
+    better = min if chosen in (*LOWER_IS_BETTER, *lower) else max
+    return Target(score=known[0], chosen=chosen, better=better)
 
 
 class BestWeights:

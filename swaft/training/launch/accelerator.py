@@ -38,6 +38,7 @@ from swaft.training.launch.deepspeed_config import (
     launcher_config,
     launcher_problems,
     recipe_values,
+    stage_of,
     uses_deepspeed,
 )
 from swaft.training.launch.deepspeed_extension import use_environment
@@ -79,10 +80,6 @@ def resolve_engine(
 
 def build_accelerator(config: RecipeConfig, engine: EngineSettings) -> Accelerator:
     """Start the process group and the engine, seeded (collective).
-
-    Args:
-        config: a recipe's configuration.
-        engine: the engine settings asked for.
 
     Raises:
         ConfigError: fp16 on a machine that cannot compute in it.
@@ -126,8 +123,9 @@ def build_accelerator(config: RecipeConfig, engine: EngineSettings) -> Accelerat
     if fsdp2 and on_cpu:
         start_on_cpu(accelerator, fsdp2)
     check_engine(accelerator, os.environ)
-    for key, value, origin in deepspeed.rows if deepspeed else ():
-        logger.info("ds  %-58s %-12s (%s)", key, value, origin)
+    if deepspeed:
+        for key, value, origin in deepspeed.rows:
+            logger.info("ds  %-58s %-12s (%s)", key, value, origin)
     set_seed(train.seed)
     return accelerator
 
@@ -185,9 +183,8 @@ def resolve_deepspeed(
     wanted = recipe_values(train, precision=precision, world_size=world_size, hidden_size=hidden_size)
     filled = fill_auto(config, wanted, source=source)
     refused, ignored = deepspeed_problems(filled.config, source=source)
-    dropped = launcher_problems(environ, train, filled.config["zero_optimization"])
-    problems = [*filled.problems, *dropped, *refused]
-    if problems:
+    dropped = launcher_problems(environ, train, filled.config)
+    if problems := [*filled.problems, *dropped, *refused]:
         raise ConfigError(problems)
     notes = [(name, "ignored", "DeepSpeed has no setting of that name") for name in ignored]
     return replace(filled, rows=[*filled.rows, *notes])
@@ -262,4 +259,4 @@ def engine_name(accelerator: Accelerator) -> str:
 def partitions_at_load(environ: Mapping[str, str], config: Mapping[str, Any]) -> bool:
     """Whether every rank loads only its shard of the model, under a filled DeepSpeed configuration."""
     wanted = environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true"
-    return wanted and config["zero_optimization"].get("stage") == 3
+    return wanted and stage_of(config) == 3

@@ -113,6 +113,17 @@ def uses_deepspeed(environ: Mapping[str, str]) -> bool:
     return environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
+def named_file(environ: Mapping[str, str]) -> str | None:
+    """Return the DeepSpeed file that the launcher's file names, or its encoded text; None: it names none."""
+    named = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if named == "none" else named
+
+
+def stage_of(config: Mapping[str, Any]) -> Any:
+    """Return the ZeRO stage in a DeepSpeed configuration: 0 where it says none, as DeepSpeed reads it."""
+    return config["zero_optimization"].get("stage", 0)
+
+
 def launcher_config(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     """Return the DeepSpeed configuration that ``accelerate launch`` announced, and a name for it.
 
@@ -123,13 +134,12 @@ def launcher_config(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     Raises:
         ConfigError: the file cannot be read, or has no valid ZeRO stage.
     """
-    named, source = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"), "the accelerate configuration"
-    if named == "none":
-        config = _of_single_values(environ)
+    named = named_file(environ)
+    if named is None:
+        config, source = _of_single_values(environ), "the accelerate configuration"
     else:
         config, source = read_config(named), named if len(named) < 200 else "the DeepSpeed configuration"
-    stage = config["zero_optimization"].get("stage", 0)
-    if stage not in STAGES:
+    if (stage := stage_of(config)) not in STAGES:
         raise ConfigError(f"{source}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
     return config, source
 
@@ -156,7 +166,7 @@ def read_config(named: str) -> dict[str, Any]:
         found = f"is not JSON ({error})" if is_file else "is neither a file nor encoded JSON"
         raise ConfigError(
             f"the DeepSpeed configuration {named!r} {found}; set deepspeed_config_file in the accelerate "
-            "configuration to an existing JSON file"
+            f"configuration to an existing JSON file (relative names start in {Path.cwd()})"
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         raise ConfigError(f'{named} has no "zero_optimization" section; add one that sets the "stage"')
@@ -273,18 +283,13 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     return offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True)
 
 
-def launcher_problems(environ: Mapping[str, str], train: TrainConfig, zero: Mapping[str, Any]) -> list[str]:
+def launcher_problems(environ: Mapping[str, str], train: TrainConfig, config: Mapping[str, Any]) -> list[str]:
     """Return the contradictions between single values in the accelerate configuration and everything else.
 
     accelerate silently drops these values if a DeepSpeed file is given, and lets its accumulation win
     over the recipe's if none is.
-
-    Args:
-        environ: environment variables set by the launcher.
-        train: section ``train``.
-        zero: ``zero_optimization`` of the filled configuration.
     """
-    file, stage = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"), zero.get("stage", 0)
+    file, stage = named_file(environ), stage_of(config)
     wanted = {
         "GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", train.gradient_accumulation_steps),
         "GRADIENT_CLIPPING": ("gradient_clipping", train.max_grad_norm),
@@ -293,7 +298,7 @@ def launcher_problems(environ: Mapping[str, str], train: TrainConfig, zero: Mapp
     problems = []
     for variable, (name, value) in wanted.items():
         said, other = environ.get(f"ACCELERATE_{variable}", AUTO), f"the run uses {value}"
-        if name == "zero_stage" and file != "none":
+        if name == "zero_stage" and file is not None:
             other = f"{file} says zero_optimization.stage = {stage}"
         if said not in (AUTO, "none") and float(said) != float(value):
             problems.append(
@@ -301,7 +306,7 @@ def launcher_problems(environ: Mapping[str, str], train: TrainConfig, zero: Mapp
                 "accelerate configuration"
             )
     for part, device in _offloads(environ).items():
-        found = (zero.get(part) or {}).get("device", "none")
+        found = (config["zero_optimization"].get(part) or {}).get("device", "none")
         if device != found:
             problems.append(
                 f"the accelerate configuration says {part}_device = {device}, but the DeepSpeed file says "

@@ -131,12 +131,14 @@ def _settings(model_name: str, path: tuple[int | str, ...]) -> tuple[str, ...]:
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel as Model
 
     model: Any = next((each for each in Model.__subclasses__() if each.__name__ == model_name), None)
+    if model is None:
+        return ()
     for name in path:
         kind = model.model_fields[name].annotation
         model = next(
             each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, Model)
         )
-    return tuple(field.alias or name for name, field in model.model_fields.items()) if model else ()
+    return tuple(field.alias or name for name, field in model.model_fields.items())
 
 
 def _refused_at_the_start(parsed: Any) -> Iterator[str]:
@@ -173,7 +175,7 @@ def _refused_at_the_start(parsed: Any) -> Iterator[str]:
         "fp16" if parsed.float16_config.enabled else "bf16" if parsed.bfloat16_config.enabled else "fp32"
     )
     for name in ("param_dtype", "grad_accum_dtype", "buffer_dtype"):
-        value = getattr(parsed, name, None)
+        value = getattr(parsed, name)
         try:
             differs = value is not None and DtypeEnum(value) is not DtypeEnum[computes_in]
         except ValueError:
@@ -182,6 +184,6 @@ def _refused_at_the_start(parsed: Any) -> Iterator[str]:
         if differs and (name == "param_dtype" or (name == "grad_accum_dtype" and stage == 0)):
             yield f"data_types.{name} = {value}, but the run computes in {computes_in}; remove it"
     for section, package in MONITORS.items():
-        monitor = getattr(parsed.monitor_config, section, None)
-        if monitor is not None and monitor.enabled and importlib.util.find_spec(package) is None:
+        is_on = getattr(parsed.monitor_config, section).enabled
+        if is_on and importlib.util.find_spec(package) is None:
             yield f"{section}.enabled, which needs the package {package}; install it, or turn it off"

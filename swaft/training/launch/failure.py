@@ -2,10 +2,6 @@
 
 Without it, a lost rank shows only as gloo's addresses in a traceback of every other rank, none of which says which
 rank it was. And ranks whose launcher has ended would train on alone and hold the GPUs: they end with it.
-
-A run that is asked to end does so between two batches, where the ranks agree on it, so that all of them can save.
-The signal handler only sets a flag; the ranks ask each other whether any has it set, all at the same places:
-between optimizer steps, and between the batches of an evaluation.
 """
 
 from __future__ import annotations
@@ -21,13 +17,12 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import psutil
 import torch
@@ -39,85 +34,14 @@ from torch.distributed import (
 )
 from torch.distributed.distributed_c10d import _world
 
-from swaft.distributed import shared_ranks
+from swaft.distributed import is_first_rank
 from swaft.errors import NoiseError, SwaftError
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that schedulers send before they end a job: torchrun forwards SIGTERM, SLURM sends its `--signal`."""
+from swaft.training.launch.interruption import Interrupted
 
 EXIT_CODE = 75
 """EX_TEMPFAIL: the run has not finished; started again, it resumes."""
 CTRL_C = 128 + signal.SIGINT
 """What a shell reports for a program that Ctrl-C has ended."""
-
-
-class Interrupted(Exception):
-    """The run was asked to end, on every rank at the same place."""
-
-
-class Interruption:
-    """Context that records whether the run has been asked to end."""
-
-    def __init__(self) -> None:
-        self._ranks, self._asked = shared_ranks(), False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        """Install the signal handlers. Only the main thread gets signals, so in others this does nothing."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Restore the previous signal handlers."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def check(self, failure: SwaftError | None = None) -> None:
-        """Raise if any rank was asked to end, or cannot continue (collective, one message).
-
-        Args:
-            failure: why this rank cannot continue.
-
-        Raises:
-            Interrupted: on every rank.
-            SwaftError: the failure of the first rank that has one; on every rank.
-        """
-        failed, asked = self._ranks.sum([failure is not None, self._asked])
-        if failed:
-            self._ranks.raise_together(failure)
-        if asked:
-            raise Interrupted
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-
-
-def leave_signals_to_the_rank(worker: int) -> None:
-    """Make a data loader worker ignore the signals, which launchers send to all processes of a rank.
-
-    For a `DataLoader`'s ``worker_init_fn``: torch's own handler ends a worker.
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-class InterruptibleLoader:
-    """A loader that checks before each batch whether the run is to end.
-
-    Args:
-        loader: a loader with equally many batches on every rank.
-        interruption: the run's interruption.
-    """
-
-    def __init__(self, loader: Any, interruption: Interruption):
-        self._loader, self._interruption = loader, interruption
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield the loader's batches; raise `Interrupted` on every rank before one of them (collective)."""
-        for batch in self._loader:
-            self._interruption.check()
-            yield batch
 
 
 GRACE_S = 5.0
@@ -163,7 +87,7 @@ def run_and_report(run: Callable[[], None]) -> int:
     try:
         run()
     except Interrupted:
-        if _is_first():
+        if is_first_rank():
             sys.stderr.write(
                 "the run was asked to end (SIGTERM or SIGUSR1); it has left a checkpoint, and resumes from there "
                 "when it is started again with train.resume_from_checkpoint=auto (the default)\n"
@@ -173,7 +97,7 @@ def run_and_report(run: Callable[[], None]) -> int:
         # The launcher may end before this process has cleaned up; ignore its SIGTERM, so that it can finish.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _trace(error)
-        if _is_first():
+        if is_first_rank():
             sys.stderr.write("; ".join(["interrupted", *getattr(error, "__notes__", ())]) + "\n")
         return CTRL_C
     except (SwaftError, RuntimeError) as error:
@@ -183,12 +107,12 @@ def run_and_report(run: Callable[[], None]) -> int:
         _trace(error)
         notes = () if lost else getattr(error, "__notes__", ())
         message = (lost or message_of(error)) + "".join(f"\n  ({note})" for note in notes)
-        if _is_first():
+        if is_first_rank():
             _report(message)
         if lost:
             absent = roll_call(GRACE_S)
-            _report(message, absent) if _is_first() else _report(f"{message}\n  ({absent})")
-        elif not _is_first():
+            _report(message, absent) if is_first_rank() else _report(f"{message}\n  ({absent})")
+        elif not is_first_rank():
             time.sleep(GRACE_S)
             _report(message)
         return 1
@@ -242,13 +166,9 @@ def _trace(error: BaseException) -> None:
         traceback.print_exception(error)
 
 
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _report(*messages: str) -> None:
     """Print the last of some messages, and put all where torchrun looks for this rank's final error."""
-    where = "" if _is_first() else f" on rank {os.environ['RANK']}"
+    where = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
     sys.stderr.write(f"error{where}: {messages[-1]}\n")
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:

@@ -54,7 +54,9 @@ def obey_fsdp2(environ: Mapping[str, str], train: TrainConfig) -> None:
         environ: environment variables set by the launcher.
         train: section ``train``; its ``gradient_checkpointing`` is switched on if the launcher wants that.
     """
-    for name, how in OBEYED_OTHERWISE.items() if uses_fsdp(environ) else ():
+    if not uses_fsdp(environ):
+        return
+    for name, how in OBEYED_OTHERWISE.items():
         if _is_on(environ, name):
             logger.info("%s", how)
             train.gradient_checkpointing |= name == "FSDP_ACTIVATION_CHECKPOINTING"
@@ -69,10 +71,6 @@ def resolve_fsdp2(environ: Mapping[str, str], *, precision: str) -> FullySharded
 
     Weights and the sums of gradients, over micro-batches and over ranks, are fp32. Forward and backward
     compute in ``precision``; a loss that the model computes in fp32 stays fp32.
-
-    Args:
-        environ: environment variables set by the launcher.
-        precision: ``no``, ``bf16`` or ``fp16``.
 
     Raises:
         ConfigError: the launcher asks for FSDP1, or for something that would make weights differ between ranks.

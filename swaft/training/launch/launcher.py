@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 
 import yaml
 
-from swaft.errors import ConfigError
+from swaft.errors import ConfigError, one_line
 from swaft.options import suggestion
 from swaft.training.config.values import not_allowed
-from swaft.training.launch.deepspeed_config import STAGES, launcher_config, uses_deepspeed
+from swaft.training.launch.deepspeed_config import STAGES, launcher_config, stage_of, uses_deepspeed
 from swaft.training.launch.fsdp2 import uses_fsdp
 
 ENGINES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP")
@@ -71,7 +71,7 @@ def read_launch(words: Sequence[str]) -> Launch:
         engine = f"FSDP{environ['FSDP_VERSION']}"
     if uses_deepspeed(environ):
         try:
-            stage = launcher_config(environ)[0]["zero_optimization"].get("stage", 0)
+            stage = stage_of(launcher_config(environ)[0])
             engine = f"DeepSpeed ZeRO-{stage}"
         except ConfigError as error:
             problems += error.problems
@@ -164,7 +164,7 @@ def _file_problems(args: Namespace) -> list[str]:
     except OSError as error:
         return [f"--config_file {path}: cannot be read ({error.strerror}); give the path of a launch file"]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return [f"--config_file {path}: is not YAML: {' '.join(str(error).split())}"]
+        return [f"--config_file {path}: is not YAML: {one_line(error)}"]
     if not isinstance(content, dict):
         return [f"--config_file {path}: expected entries such as `distributed_type: MULTI_GPU`"]
     return [f"{path}: {problem}" for problem in (*_unknown_entries(content, args), *_bad_values(content))]
@@ -242,7 +242,7 @@ def _start(args: Namespace) -> tuple[str, dict[str, str]]:
             return "torchrun", prepare_multi_gpu_env(args)
         return "simple", prepare_simple_launcher_cmd_env(args)[1]
     except (ValueError, RuntimeError, ImportError, OSError) as error:
-        raise ConfigError(f"accelerate launch: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"accelerate launch: {one_line(error)}") from error
 
 
 def _start_problems(args: Namespace, launcher: str, world_size: int) -> Iterator[str]:

@@ -17,12 +17,11 @@ from torch import nn
 
 from swaft.errors import ConfigError
 from swaft.fraction import share_of
-from swaft.noise import R3F, R4F, RDrop, TaskLoss
+from swaft.noise import R3F, RDrop, TaskLoss
 from swaft.noise.objectives import TwoPasses
 from swaft.training.config import NoiseConfig, TrainConfig
+from swaft.training.config.schema import NOISE_KINDS
 from swaft.training.config.values import chosen_options, settings_of
-
-_KINDS: dict[str, type] = {"none": TaskLoss, "rdrop": RDrop, "r3f": R3F, "r4f": R4F}
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
@@ -120,12 +119,12 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
     Raises:
         ConfigError: an option is set that the objective would not use, or options contradict each other.
     """
-    kind = _KINDS[noise.kind]
+    kind = NOISE_KINDS.get(noise.kind)
     options = chosen_options(noise, kind)
-    if kind is not TaskLoss:
-        options |= {"weight": noise.weight, "seed": seed}
     with settings_of("noise"):
-        return kind(label_smoothing=label_smoothing, **options)
+        if kind is None:
+            return TaskLoss(label_smoothing=label_smoothing)
+        return kind(label_smoothing=label_smoothing, weight=noise.weight, seed=seed, **options)
 
 
 def require_called(objective: Any) -> None:

@@ -23,11 +23,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from swaft.errors import ConfigError
+from swaft.errors import ConfigError, one_line
 from swaft.options import suggestion
 from swaft.training.data.seq2seq import PairColumns, Seq2SeqDataConfig, Seq2SeqModelConfig, bleu_language
 from swaft.training.data.texts import shortened
-from swaft.training.models.checks import START_WITH_THE_END, embedding_rows, require_decoder_start
+from swaft.training.models.checks import (
+    START_WITH_THE_END,
+    embedding_rows,
+    require_decoder_start,
+    require_order,
+)
 from swaft.training.models.pretrained import (
     load_form,
     load_model_config,
@@ -40,12 +45,7 @@ from swaft.training.models.special_tokens import put_first
 
 
 def require_generation_start(model: Seq2SeqModelConfig, model_config: Any, tokenizer: Any) -> None:
-    """Refuse an encoder-decoder without a start token for the texts that it generates.
-
-    Args:
-        model: section ``model``.
-        model_config: its transformers configuration.
-        tokenizer: the one that is used; None: a new one.
+    """Refuse an encoder-decoder without a start token for the texts that it generates; tokenizer None: a new one.
 
     Raises:
         ConfigError: there is no start token.
@@ -103,10 +103,6 @@ def require_saving(generation: Any, model: Seq2SeqModelConfig) -> None:
     It saves what it has loaded, faults included, but not once a token has changed. Older checkpoints have settings
     for sampling without `do_sample`, which is then set; evaluation never samples.
 
-    Args:
-        generation: settings of the loaded model, as they will be saved.
-        model: section ``model``, for the message.
-
     Raises:
         ConfigError: says what is wrong with them.
     """
@@ -124,51 +120,8 @@ def require_saving(generation: Any, model: Seq2SeqModelConfig) -> None:
         raise ConfigError(
             f"{model.setting}: the generation_config.json of {model_path(model) or 'the new model'} (if it has "
             "none, its config.json) could not be saved with the trained model; correct it in a copy of the "
-            f"model: {' '.join(str(error).split())[:500]}"
+            f"model: {one_line(error)[:500]}"
         ) from error
-
-
-@torch.no_grad()
-def require_order(model: Any, setting: str, *, packs: bool) -> None:
-    """Refuse a decoder in which a token sees later ones, or (``packs``) those of a row packed before its own.
-
-    Measured on eight tokens in fp32: relative to the largest, the logits of small causal models of transformers
-    differ by at most 5e-7. Those of others differ by 3e-3 or more, but for packed rows of LFM2, whose short
-    convolutions let through as little as 1e-4: so close to the limit, weights decide on which side they are.
-
-    Args:
-        model: whole, on the host, with random or pretrained weights.
-        setting: the setting that names the model, for the message.
-        packs: whether rows will be packed.
-
-    Raises:
-        ConfigError: tokens see what they must not see.
-    """
-    was_training, kind = model.training, model.config.model_type
-    ids = (torch.arange(3, 11) % model.get_input_embeddings().num_embeddings)[None]
-    model.eval()
-
-    def logits(ids: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=ids, use_cache=False, **others).logits
-
-    pairs = [(logits(ids)[:, :4], logits(ids[:, :4]), f"tokens of {kind} see later ones; expected a decoder")]
-    if packs:
-        packed = logits(ids, position_ids=torch.arange(8)[None] % 4)[:, 4:]
-        pairs.append(
-            (packed, logits(ids[:, 4:]), f"packed rows of {kind} see each other; set data.packing=false")
-        )
-    model.train(was_training)
-    for found, alone, problem in pairs:
-        if (found - alone).abs().max() > 1e-4 * alone.abs().max():
-            raise ConfigError(f"{setting}: {problem}")
-
-
-def _can_be_measured(model: Any) -> bool:
-    """Whether a model can run on the host without changing: ZeRO-3 may load shards, RWKV rescales itself."""
-    is_whole = not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    config, of_transformers = model.config, type(model).__module__.startswith("transformers.")
-    on_gpu = "flash" in str(config._attn_implementation)
-    return of_transformers and is_whole and not on_gpu and config.model_type != "rwkv"
 
 
 def set_languages(tokenizer: Any, data: Seq2SeqDataConfig, columns: PairColumns) -> None:
@@ -384,8 +337,7 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any, *, ends: Col
     else:
         # Training does not use the cache, and packed rows would see each other through it.
         loaded.config.use_cache = False
-        if _can_be_measured(loaded):
-            require_order(loaded, config.model.setting, packs=config.data.packing)
+        require_order(loaded, config.model.setting, packs=config.data.packing)
         generation = loaded.generation_config
         _generate_with(generation, tokenizer, tokenizer.eos_token_id)
         known = generation.eos_token_id

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils.hub import cached_files
 from transformers.utils.import_utils import is_sentencepiece_available
 
-from swaft.errors import ConfigError
+from swaft.errors import ConfigError, one_line
 from swaft.training.config import AdapterConfig, AnyModelConfig, RecipeConfig
 from swaft.training.config.values import not_allowed, split_names
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING
@@ -132,7 +132,7 @@ def load_tokenizer(model: AnyModelConfig) -> Any:
         tokenizer("a", "a")
     except Exception as error:  # of any type: each such tokenizer checks in its own way
         raise ConfigError(
-            f"model.tokenizer_name: {type(tokenizer).__name__} does not read plain text ({_reason(error)[:200]}); "
+            f"model.tokenizer_name: {type(tokenizer).__name__} does not read plain text ({one_line(error)[:200]}); "
             "use a model and a tokenizer for plain text, not for pages or tables"
         ) from error
     return tokenizer
@@ -267,7 +267,7 @@ def with_checkpointing(model: Any, gradient_checkpointing: bool) -> Any:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         except ValueError as error:
             raise ConfigError(
-                f"train.gradient_checkpointing: is true, but {_reason(error)[:200].rstrip('.')}; set it to false "
+                f"train.gradient_checkpointing: is true, but {one_line(error)[:200].rstrip('.')}; set it to false "
                 "(and fsdp_activation_checkpointing: false in the launch file)"
             ) from error
     return model
@@ -308,7 +308,7 @@ def with_adapters(model: Any, settings: AdapterConfig, *, task: str) -> Any:
         linear = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
         raise ConfigError(
             f"model.lora_target_modules: {names or 'null'} fits no layer of {type(model).__name__}; expected "
-            f"all-linear, or some of {', '.join(sorted(linear))} ({_reason(error)[:200]})"
+            f"all-linear, or some of {', '.join(sorted(linear))} ({one_line(error)[:200]})"
         ) from error
 
 
@@ -371,7 +371,7 @@ def naming_settings(model: AnyModelConfig, setting: str | None = None) -> Iterat
         yield
     # The last one: a value of the wrong type in the model's configuration.
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
-        reason = _reason(error)
+        reason = one_line(error)
         if "trust_remote_code" in reason and not model.trust_remote_code:
             raise ConfigError(
                 f"model.model_name_or_path: {model.model_name_or_path} brings Python code of its own, which "
@@ -388,8 +388,3 @@ def naming_settings(model: AnyModelConfig, setting: str | None = None) -> Iterat
         raise ConfigError(
             f"model.{setting}: {getattr(model, setting)} cannot be loaded: {reason[:500]}"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return the message of an error in one line."""
-    return " ".join(str(error).split())

@@ -1,8 +1,1 @@
 """Estimates before a run starts what it will take on every rank: memory, averaging, traffic."""
-
-from __future__ import annotations
-
-
-def sized(count: int) -> str:
-    """Format a number of bytes: ``1.25 GiB``, ``3.2 MiB``."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"

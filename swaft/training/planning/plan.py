@@ -12,10 +12,10 @@ from swaft.averaging.host.machine import Workers, lane_bytes
 from swaft.averaging.host.source import ring_bytes
 from swaft.averaging.rules import Plan
 from swaft.errors import ConfigError
+from swaft.sizes import sized
 from swaft.training.checks import Problems, check_start, read_recipe
 from swaft.training.config import AveragingConfig, load_config
 from swaft.training.launch.launcher import Launch, read_launch, read_script
-from swaft.training.planning import sized
 from swaft.training.planning.memory import FORWARD_BACKWARD, FP32, Phase, PlannedEngine, numel
 from swaft.training.planning.step import PlannedModel, planned_model, trace_training_step
 
@@ -171,7 +171,7 @@ def plan_run(
         step_seconds: measured time of a training step, to compare averaging with; None: not known.
     """
     launch, train, averaging = engine.launch, config.train, None
-    weights, activations = trace_training_step(model.build, model.batch, objective, train, engine)
+    weights, activations = trace_training_step(model, objective, train, engine)
     phases, owned = engine.memory(weights, activations, accumulates=train.gradient_accumulation_steps > 1)
     if rule_plan is not None:
         averaging = _plan_averaging(rule_plan, config, owned, engine, step_seconds)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -27,16 +27,19 @@ from swaft.training.checks import (
     Start,
     check_start,
     read_recipe,
-    without,
 )
 from swaft.training.config import read_config
+from swaft.training.config.load import leaders
 from swaft.training.config.values import settings
+from swaft.training.launch.deepspeed_config import named_file
 from swaft.training.launch.deepspeed_extension import refuse_left_locks
 from swaft.training.launch.fsdp2 import find_blocks
 from swaft.training.launch.launcher import Launch, Script, read_launch, read_script
 from swaft.training.models.build import ParameterCount, count_parameters, noise_facts
 from swaft.training.models.pretrained import with_checkpointing
 from swaft.training.planning.step import OnPaper, planned_model
+
+WholeT = TypeVar("WholeT")
 
 SILENCED = (
     *("gradient_accumulation_steps", "gradient_clipping", "zero_stage", "zero3_save_16bit_model"),
@@ -77,11 +80,7 @@ class Looked(Parts):
 
 
 def check_run(words: Sequence[str]) -> Preflight:
-    """Check the run that ``accelerate launch`` would start with these words.
-
-    Args:
-        words: the command line after ``accelerate launch``.
-    """
+    """Check the run that ``accelerate launch`` would start with these words."""
     run, problems, facts = Looked(), Problems(), dict[str, Any]()
     with problems:
         run.launch = read_launch(words)
@@ -118,8 +117,7 @@ def _check_recipe(recipe: Any, run: Looked, problems: Problems) -> None:
     """Check a recipe's settings and everything they lead to, and add the results to ``run``."""
     read = read_config(recipe.Config, run.script.arguments)
     problems.add(read.problems)
-    known = settings(recipe.Config)
-    faulty = {name.split(".")[0] for fault in read.problems if (name := fault.split(":")[0]) in known}
+    faulty = {name.split(".")[0] for name in leaders(read.problems) & settings(recipe.Config).keys()}
     run.config, run.replaced = without(read.config, faulty), read.replaced
     with _notes() as run.notes:
         ready = run.ready = recipe.prepare(run.config, problems)
@@ -136,6 +134,14 @@ def _check_recipe(recipe: Any, run: Looked, problems: Problems) -> None:
     with problems:
         if run.start.engine.fsdp2 is not None:
             find_blocks(run.model, run.start.engine.fsdp2)
+
+
+def without(whole: WholeT, names: Collection[str]) -> WholeT:
+    """Return a copy of an object, of a subclass of its class, without the attributes of these names."""
+    kind = type(whole)
+    some: Any = object.__new__(type(kind.__name__, (Parts, kind), {}))
+    vars(some).update({name: value for name, value in vars(whole).items() if name not in names})
+    return some
 
 
 @contextmanager
@@ -165,9 +171,9 @@ def _check_script(launch: Launch) -> None:
     if launch.stage is None:
         return
     fields = launch.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
-    named = launch.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    silenced = [name for name in SILENCED if name in fields] if named != "none" else []
-    if silenced:
+    named = named_file(launch.environ)
+    silenced = [name for name in SILENCED if name in fields]
+    if silenced and named is not None:
         raise ConfigError(
             f"the launch file sets {', '.join(silenced)} next to deepspeed_config_file {named}, which accelerate "
             "refuses in a script of your own (swaft's recipes take both): write it into that file; "
@@ -191,11 +197,10 @@ def _batch_facts(run: Looked) -> dict[str, int]:
 
 def _step_facts(run: Looked) -> dict[str, Any]:
     train, schedule = run.config.train, run.start.schedule
-    given = train.max_steps > 0
     return {
-        "epochs": None if given else train.num_train_epochs,
+        "epochs": None if train.max_steps > 0 else train.num_train_epochs,
         "total": schedule.total_steps,
-        "is_least": run.ready.cuts_rows and not given,
+        "is_least": run.start.may_be_longer,
         "warmup": schedule.warmup_steps,
         "schedule": schedule.kind,
         "learning_rate": schedule.peak,

@@ -7,7 +7,7 @@ and no memory.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -41,15 +41,11 @@ class PlannedModel(NamedTuple):
     build: Callable[[], Any]
     """Makes the model in fp32, with any weights."""
     batch: Callable[[], dict[str, Tensor]]
-    """Makes a batch in which every row is as long as the settings allow."""
+    """Makes the keyword arguments of its forward, every row as long as the settings allow."""
 
 
 def planned_model(config: Any, model_config: Any) -> PlannedModel:
     """Return how to make a recipe's model, in the context of `OnPaper`, and its longest batch.
-
-    Args:
-        config: a recipe's configuration.
-        model_config: the model's transformers configuration.
 
     Raises:
         ConfigError: the recipe's task is not one of `swaft.training.models.pretrained.FORMS`.
@@ -112,17 +108,12 @@ class OnPaper(fake_tensor.FakeTensorMode):
 
 
 def trace_training_step(
-    build_model: Callable[[], Any],
-    make_batch: Callable[[], Mapping[str, Tensor]],
-    objective: Any,
-    train: TrainConfig,
-    engine: PlannedEngine,
+    planned: PlannedModel, objective: Any, train: TrainConfig, engine: PlannedEngine
 ) -> tuple[list[Weight], int]:
     """Build the model and run one micro-batch, all on tensors without data.
 
     Args:
-        build_model: makes the model, in fp32, from its configuration.
-        make_batch: makes the keyword arguments of its forward, at full length.
+        planned: makes the model and its batch.
         objective: from `swaft.training.models.build.build_objective`.
         train: section ``train``, for gradient checkpointing.
         engine: how and in which format it computes, and which blocks it gathers.
@@ -136,7 +127,7 @@ def trace_training_step(
     """
     try:
         with OnPaper(), _kernels(engine):
-            model = with_checkpointing(build_model(), train.gradient_checkpointing).train()
+            model = with_checkpointing(planned.build(), train.gradient_checkpointing).train()
             objective.prepare_model(model)
             if (proved := getattr(objective, "_proved", None)) is not None:
                 proved.add(model)  # skip the proof on the first batch, which compares values
@@ -150,7 +141,7 @@ def trace_training_step(
                 Weight(p.numel(), p.element_size(), p.shape[0] if p.ndim else 1, p.requires_grad, block)
                 for p, block in zip(model.parameters(), blocks, strict=True)
             ]
-            batch = dict(make_batch())
+            batch = planned.batch()
             return weights, trace_step(model, lambda: objective(model, batch))
     except NoiseError as error:
         raise ConfigError(message_of(error)) from error

@@ -15,18 +15,16 @@ from typing import Any, NamedTuple
 
 from swaft.distributed import Ranks
 from swaft.errors import ConfigError, StateAccessError, StateError
+from swaft.soup.kinds import AVERAGES, ENGINE, RUN
 from swaft.storage import Manifest, is_complete, read_manifest, remove_sealed
 from swaft.storage.sealed import find_checkpoints, step_of
 from swaft.storage.together import Write, open_together, write_together
 
 logger = logging.getLogger(__name__)
 
-KIND = "run"
-"""The kind given in a checkpoint's manifest."""
-TAG = "engine"
-"""Folder of the engine's files inside a checkpoint."""
-AVERAGE = "average"
-"""Folder of the averages inside a checkpoint: a state that `WeightAverager.load_state` opens."""
+KIND, TAG, AVERAGE = RUN, ENGINE, AVERAGES
+"""The kind in a checkpoint's manifest, and its folders: of the engine's files, and of the averages, a state that
+`WeightAverager.load_state` opens. `swaft average` and `swaft export` find them by the same names."""
 
 
 class RunCheckpoint(NamedTuple):
@@ -69,8 +67,9 @@ def choose_checkpoint(wanted: str, folder: Path, ranks: Ranks) -> RunCheckpoint 
             damaged.append((path, found))
             continue
         with ranks.together():
-            for each, fault in damaged if ranks.is_main else ():
-                _put_aside(each, fault, path)
+            if ranks.is_main:
+                for each, fault in damaged:
+                    _put_aside(each, fault, path)
         return chosen
     if damaged:
         raise StateError(
@@ -144,12 +143,14 @@ def save_checkpoint(
 
 def delete_old(folder: Path, keep: int | None) -> None:
     """Delete all but the newest ``keep`` complete checkpoints (None: keep all), by one process; log what fails."""
+    if keep is None:
+        return
     try:
         complete = find_checkpoints(folder)
     except StateError as error:
         logger.warning("%s; no checkpoint is deleted", error)
         return
-    for path in complete[keep:] if keep is not None else ():
+    for path in complete[keep:]:
         try:
             remove_sealed(path)
         except StateError as error:

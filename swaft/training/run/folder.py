@@ -187,11 +187,6 @@ def environment(accelerator: Accelerator, *, engine: str) -> dict[str, Any]:
 def refuse_used(path: Path, *, resume: str, config_yaml: str) -> None:
     """Refuse a folder that cannot be this run's; nothing is created.
 
-    Args:
-        path: path of the folder.
-        resume: ``train.resume_from_checkpoint``.
-        config_yaml: this run's configuration.
-
     Raises:
         ConfigError: it holds something else, or is not a folder.
     """
@@ -221,13 +216,7 @@ def refuse_used(path: Path, *, resume: str, config_yaml: str) -> None:
 
 
 def resume_from(path: Path, *, resume: str, config_yaml: str) -> str:
-    """Return what a run resumes from: ``resume``, or ``auto`` if that was only where this run started.
-
-    Args:
-        path: path of the folder.
-        resume: ``train.resume_from_checkpoint``.
-        config_yaml: this run's configuration.
-    """
+    """Return what a run resumes from: what is set, or ``auto`` if that was only where this run started."""
     starts = resume not in ("auto", "none") and Path(resume).absolute().parent != path.absolute()
     return "auto" if starts and _is_same_run(path, config_yaml) and find_checkpoints(path) else resume
 

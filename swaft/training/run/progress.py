@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from swaft.averaging import ReadoutSearch
 from swaft.averaging.rules import rule_name
+from swaft.distributed import is_first_rank
 from swaft.training.config import RecipeConfig, flatten
 from swaft.training.evaluation.evaluate import Evaluation, Scores
 from swaft.training.launch.accelerator import engine_name
@@ -57,7 +58,7 @@ def setup_logging() -> None:
     Other libraries' errors also come from every process, and their warnings from the main one. Their progress bars
     stay on a terminal; in a log file they are only noise.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_first_rank()
     handler = BarSafeHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     if not (sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"):
@@ -84,11 +85,9 @@ class ProgressLog:
     """
 
     def __init__(self, run: Run):
-        self._run, disable = run, run.config.train.disable_tqdm
-        if not run.accelerator.is_local_main_process:
-            disable = True
+        self._run, begun = run, run.position.step
         # tqdm reads disable=None as "unless this is a terminal"; a bar in a log file is only noise.
-        begun = run.position.step
+        disable = run.config.train.disable_tqdm if run.accelerator.is_local_main_process else True
         self._bar = tqdm(total=run.total_steps, initial=begun, unit="step", disable=disable, leave=False)
 
     def banner(self, *, task: str, schedule: Callable[[int], float]) -> None:
@@ -157,8 +156,9 @@ class ProgressLog:
         for kind, folder in saved.items():
             which = f" ({best.weights}, {best})" if best and kind == "best" else ""
             logger.info("%s weights%s saved in %s", kind, which, folder)
-        for line in closing_table(scores, seconds=seconds) if scores else ():
-            logger.info(line)
+        if scores:
+            for line in closing_table(scores, seconds=seconds):
+                logger.info(line)
 
     def close(self) -> None:
         """Remove the bar, end the trackers and leave the process group, all ranks together (collective)."""

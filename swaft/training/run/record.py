@@ -122,14 +122,10 @@ def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
             f"{now.rows_per_step})"
         )
     if different:
-
-        def shown(value: Any) -> Any:
-            return f"{value[:12]}..." if isinstance(value, str) else value
-
         raise ConfigError(
             [
-                f"{checkpoint} is of a run with {name} = {shown(getattr(was, name))}, this one has "
-                f"{shown(getattr(now, name))}; set {settings[name]}, or start a new run in a new train.output_dir"
+                f"{checkpoint} is of a run with {name} = {_shown(getattr(was, name))}, this one has "
+                f"{_shown(getattr(now, name))}; set {settings[name]}, or start a new run in a new train.output_dir"
                 for name in different
             ]
         )
@@ -144,6 +140,11 @@ def require_same_run(before: RunRecord, now: Setup, checkpoint: Path) -> None:
             f"on {now.world_size}. {fits}: start with those to resume. Its averages fit any engine: "
             f"averager.load_state('{checkpoint / AVERAGE}', same_weights=False)"
         )
+
+
+def _shown(value: Any) -> Any:
+    """Return a value for a message, of a digest its beginning."""
+    return f"{value[:12]}..." if isinstance(value, str) else value
 
 
 def require_averages(before: RunRecord, checkpoint: Path, *, there: bool, wanted: bool) -> None:
@@ -215,16 +216,12 @@ def fingerprint_frozen(model: nn.Module) -> str:
 
     The model has to be on the host and not sharded yet. 16-bit weights have the digest of the same numbers in fp32.
     """
-    frozen = [
-        (
-            name,
-            list(parameter.shape),
-            sum_of_bits(piece.float() for piece in parameter.reshape(-1).split(1 << 24)),
-        )
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad
-    ]
-    return _digest(frozen)
+
+    def bits(parameter: nn.Parameter) -> int:
+        return sum_of_bits(piece.float() for piece in parameter.reshape(-1).split(1 << 24))
+
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    return _digest([(name, list(p.shape), bits(p)) for name, p in frozen])
 
 
 def fingerprint_architecture(model: nn.Module) -> str:

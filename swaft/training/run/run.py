@@ -28,15 +28,17 @@ from swaft.averaging import (
     search_windows,
 )
 from swaft.averaging.rules import WindowsPlan
+from swaft.averaging.search import most_evaluations
 from swaft.noise.objectives import Resumable
 from swaft.storage import sync_tree
 from swaft.training.checks import Prepared
 from swaft.training.config import RecipeConfig, load_config, to_yaml
-from swaft.training.evaluation.best import BestWeights, watches_weights
+from swaft.training.evaluation.best import BestWeights
 from swaft.training.evaluation.evaluate import Evaluation, Scores, mean_evaluations, without_row_id
 from swaft.training.launch.accelerator import whole_model_loading
-from swaft.training.launch.failure import Interrupted, InterruptibleLoader, Interruption, run_and_report
+from swaft.training.launch.failure import run_and_report
 from swaft.training.launch.fsdp2 import prepare
+from swaft.training.launch.interruption import Interrupted, InterruptibleLoader, Interruption
 from swaft.training.models.build import (
     count_epoch_steps,
     count_optimizer_steps,
@@ -228,7 +230,7 @@ class Run:
         described = getattr(self.engine.module, "config", None)
         others = processor_files(config.model, described) if accelerator.is_main_process else ()
         self._tokenizer = Preprocessing(tokenizer, others)
-        if watches_weights(config.eval):
+        if config.eval.judges_weights:
             self.best = BestWeights(
                 config.eval,
                 target=ready.target,
@@ -273,14 +275,13 @@ class Run:
         They do not use training's random generators, and react to signals between batches.
         """
         size, workers = self.config.eval.per_device_eval_batch_size, self.config.train.dataloader_num_workers
-        prepared = {
-            name: self.accelerator.prepare_data_loader(
-                loader_of(rows, collate, batch_size=size, num_workers=workers, device=self.accelerator.device)
-            )
-            for name, rows in splits.items()
-            if name != "train"
-        }
-        return {name: InterruptibleLoader(each, self._interruption) for name, each in prepared.items()}
+        device = self.accelerator.device
+
+        def loader(rows: Dataset) -> InterruptibleLoader:
+            made = loader_of(rows, collate, batch_size=size, num_workers=workers, device=device)
+            return InterruptibleLoader(self.accelerator.prepare_data_loader(made), self._interruption)
+
+        return {name: loader(rows) for name, rows in splits.items() if name != "train"}
 
     def steps(self, loader: DataLoader[Any], evaluate: Callable[..., Evaluations]) -> Iterator[Step]:
         """Yield the optimizer steps from the current position to the end of the run (collective).
@@ -310,13 +311,7 @@ class Run:
             position.step, position.epoch, position.batches = step.number, epoch, batches_read
             last = step.number == self.total_steps
             if last or step.number % train.logging_steps == 0:
-                record = self.meter.read() | {
-                    "grad_norm": step.measured_grad_norm(),
-                    "learning_rate": self.optimizer.param_groups[0]["lr"],
-                }
-                if self.averager is not None:
-                    record["num_averaged"] = self.averager.num_averaged
-                self._log.training(step.number, record)
+                self._log_training(step)
             every = self.config.eval.eval_steps if self._validates else None
             position.evaluated = last or not every or step.number % every > 0
             self._evaluate_where_due(evaluate)
@@ -338,9 +333,8 @@ class Run:
         averager, target, choices = self.averager, self.target, self._choices
         if averager is None or not self._validates or not choices:
             return None
-        plan, blends = averager.plan(), BLENDS if "blend" in choices else ()
-        windows = 2 * len(plan.boundaries(averager.count())) - 1 if isinstance(plan, WindowsPlan) else 1
-        self._log.searching(choices, evaluations=windows + len(blends))
+        blends = BLENDS if "blend" in choices else ()
+        self._log.searching(choices, evaluations=most_evaluations(averager, blends=blends))
         with self.meter.paused():
             return search_windows(
                 averager,
@@ -407,6 +401,15 @@ class Run:
     def _is_over(self) -> bool:
         return self.position.stopped or self.position.step == self.total_steps
 
+    def _log_training(self, step: Step) -> None:
+        record = self.meter.read() | {
+            "grad_norm": step.measured_grad_norm(),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        if self.averager is not None:
+            record["num_averaged"] = self.averager.num_averaged
+        self._log.training(step.number, record)
+
     def _evaluate_where_due(self, evaluate: Callable[..., Evaluations]) -> None:
         if self.position.evaluated:
             return
@@ -434,12 +437,12 @@ class Run:
         if self.averager:
             saved["averaged"] = folder.final_averaged
             self.averager.save_pretrained(folder.final_averaged, self.readout)
-        with self.engine.ranks.together(
-            f"the tokenizer could not be written to {folder.path}", patiently=True
-        ):
-            for path in saved.values() if folder.is_main else ():
-                self._tokenizer.save_pretrained(path)
-                sync_tree(path)
+        fault = f"the tokenizer could not be written to {folder.path}"
+        with self.engine.ranks.together(fault, patiently=True):
+            if folder.is_main:
+                for path in saved.values():
+                    self._tokenizer.save_pretrained(path)
+                    sync_tree(path)
         return saved
 
 

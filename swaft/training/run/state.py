@@ -230,20 +230,14 @@ HYPERPARAMETERS = ("weight_decay", "betas", "eps")
 
 
 class RunState:
-    """Everything that changes during a run.
-
-    Args:
-        run: the prepared run.
-        setup: setup of the run.
-    """
+    """Everything that changes during a run."""
 
     def __init__(self, run: Run, setup: Setup):
         self.run, self._setup = run, setup
         self._ranks, self._settings = shared_ranks(), flatten(run.config)
         self._resumed: tuple[RunCheckpoint, RunRecord] | None = None
-        self._plain: dict[str, Any] = {}
-        self.in_files: dict[str, Any] = {}
-        """The parts whose state is files, by name."""
+        self._plain: dict[str, Any] = {}  # the parts whose state is plain values, by name
+        self._in_files: dict[str, Any] = {}  # those whose state is files
 
     @property
     def first_step(self) -> int:
@@ -283,15 +277,15 @@ class RunState:
             ConfigError, StateError: the checkpoint does not fit this run, or a part's state is not plain values.
         """
         run, engine = self.run, self.run.engine
-        self.in_files = {name: part for name, part in parts.items() if hasattr(part, "save_state")}
-        others = {name: part for name, part in parts.items() if name not in self.in_files}
+        self._in_files = {name: part for name, part in parts.items() if hasattr(part, "save_state")}
+        others = {name: part for name, part in parts.items() if name not in self._in_files}
         self._plain = {name: part for name, part in others.items() if hasattr(part, "state_dict")}
         _require_plain(self._plain)
         self._plain |= {"position": run.position, "meter": run.meter}
         if self._resumed is None:
             return
         (path, manifest), record = self._resumed
-        there, wanted = AVERAGE in manifest.sealed, AVERAGE in self.in_files
+        there, wanted = AVERAGE in manifest.sealed, AVERAGE in self._in_files
         require_averages(record, path, there=there, wanted=wanted)
         engine.continue_from(record.applied_steps)
         if weights_now(engine) != record.weights:
@@ -305,7 +299,7 @@ class RunState:
                 if name in self._plain:
                     self._plain[name].load_state_dict(state)
         # Parts in files change the run folder (`best`, the log), so they come once the others have fitted.
-        for name, part in self.in_files.items():
+        for name, part in self._in_files.items():
             part.load_state(path / name)
         with self._ranks.together(f"{run.folder.path} could not be written"):
             run.folder.restore_metrics(path)
@@ -369,7 +363,7 @@ class RunState:
         run, ranks = self.run, self._ranks
         with ranks.together(f"{folder / TAG}: the engine's state could not be written"):
             save_engine(run.model, run.engine.module, run.engine.inner_optimizer, folder)
-        for name, part in self.in_files.items():
+        for name, part in self._in_files.items():
             part.save_state(folder / name)
         files: list[str] = []
         records: dict[str, FileRecord] = {}

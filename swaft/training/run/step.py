@@ -33,7 +33,7 @@ from swaft.noise.inputs import IGNORE_INDEX
 from swaft.noise.passes import SentCount
 from swaft.training.config import TrainConfig
 from swaft.training.evaluation.evaluate import without_row_id
-from swaft.training.launch.failure import leave_signals_to_the_rank
+from swaft.training.launch.interruption import leave_signals_to_the_rank
 
 if TYPE_CHECKING:
     from swaft.training.run.run import Run
@@ -270,13 +270,7 @@ class Position:
 
 
 class Step:
-    """An optimizer step, from its micro-batches to the update.
-
-    Args:
-        run: the run that the step belongs to.
-        number: number of the step, from 1.
-        batches: its micro-batches.
-    """
+    """An optimizer step, from its micro-batches to the update; numbers count from 1."""
 
     def __init__(self, run: Run, number: int, batches: Sequence[MicroBatch]):
         self.number = number

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from swaft.averaging import host
 from swaft.averaging.arithmetic import combine, reference_mean
 from swaft.averaging.host import HostAverages
 from swaft.averaging.host.machine import lane_bytes
@@ -25,14 +26,16 @@ pytestmark = pytest.mark.unit
 NUMEL = 3000
 
 
-def averages_of(plans, *, numel: int = NUMEL, spill_dir: Path | None = None, compensated: bool = True):
+def averages_of(
+    plans, *, numel: int = NUMEL, spill_dir: Path | None = None, compensated: bool = True, device: str = "cpu"
+):
     engine = SimpleNamespace(
         module=torch.nn.Module(),
         spans=merge([Fragment("a", 0, numel, 0, 0)]),
         numel=numel,
         ranks=Ranks(),
         masters_are_working=lambda: True,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         stop=lambda: None,
     )
     return HostAverages(
@@ -131,6 +134,18 @@ def test_no_more_memory_is_held_than_was_announced(plan, spilled, tmp_path):
         most = max(most, in_memory(averages, "rule"))
     assert most <= averages.host_bytes == lane_bytes(plan, NUMEL, compensated=True, spilled=spilled)
     assert most >= 0.5 * averages.host_bytes
+
+
+def test_all_that_averages_take_in_host_memory_has_to_fit(monkeypatch):
+    needed = []
+    monkeypatch.setattr(host, "require_host_memory", lambda ranks, size: needed.append(size))
+    averages = averages_of(
+        {"ema": EMA().plan(9)}, device="meta"
+    )  # as on a GPU: members pass through pinned blocks
+    parts = (averages.host_bytes, averages.swap_bytes, averages.pinned_bytes)
+    assert min(parts) > 0
+    assert needed == [sum(parts)]
+    averages.close()
 
 
 def test_two_runs_with_one_folder_do_not_meet_and_leave_nothing_behind(tmp_path, mapped_files):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -145,6 +146,20 @@ def test_a_card_whose_address_torch_does_not_tell_is_near_every_core(monkeypatch
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="a card"))
     assert cores_near(torch.device("cuda")) == {0, 1}
+
+
+def test_when_one_part_fails_no_other_is_still_running():
+    ended = []
+
+    def work(seconds):
+        if not seconds:
+            raise ValueError("failed")
+        time.sleep(seconds)
+        ended.append(seconds)
+
+    with pytest.raises(ValueError, match="failed"):
+        Workers(2).run(work, [(0.0,), (0.05,)])
+    assert ended == [0.05]
 
 
 def test_a_crew_of_nobody_is_refused():

@@ -140,6 +140,26 @@ def test_every_member_enters_whole_though_the_optimizer_writes_over_it_at_once(k
         assert lanes["swa"].count == 6
 
 
+def test_after_a_restart_members_are_compared_with_the_first_one_after_it():
+    workers = Workers(1)
+    source, changes = HostSource(SPANS, workers), ChangeCheck(workers)
+
+    def take(member):
+        source.open(member, None, lambda: None)
+        for tables in source.tables():
+            changes.take(tables)
+        changes.end()
+
+    take(masters(0))
+    changes.restart(moved=False)
+    take(masters(1))
+    take(masters(1))
+    assert (changes.seen, changes.members) == (False, 2)
+    take(masters(2))
+    assert changes.seen
+    workers.close()
+
+
 def test_a_member_is_looked_at_and_copied_once_the_step_that_writes_it_has_ended_on_the_device():
     with pipeline("staged") as (line, source, lanes):
         live, after = [torch.full_like(buffer, torch.nan) for buffer in masters(0)], masters(0)
@@ -267,11 +287,12 @@ def test_the_thread_that_copies_is_on_the_device_of_the_masters():
         assert set(source._api.devices) == {("swaft-average", torch.device("cpu"))}
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 2.0**126])  # the last could overflow
 @pytest.mark.parametrize("kind", ["host", "staged"])
-def test_a_member_that_is_not_finite_is_refused_and_the_average_stays(kind):
+def test_a_member_that_is_not_finite_is_refused_and_the_average_stays(kind, value):
     with pipeline(kind) as (line, source, lanes):
         good, bad = masters(0), masters(1)
-        bad[1][5] = torch.inf
+        bad[1][5] = value
         line.submit(source, good, step=0, rules=("swa",))
         line.raise_if_refused()
         line.submit(source, bad, step=1, rules=("swa",))

@@ -136,6 +136,7 @@ def test_metric_for_another_kind_of_task_is_refused():
     ("task", "name"),
     [
         ("cola", "matthews_correlation"),
+        ("CoLA", "matthews_correlation"),
         ("mrpc", "accuracy_f1"),
         ("qqp", "accuracy_f1"),
         ("rte", "accuracy"),

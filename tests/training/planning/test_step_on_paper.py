@@ -13,7 +13,13 @@ from swaft.errors import ConfigError
 from swaft.noise import TaskLoss
 from swaft.training.config import TrainConfig
 from swaft.training.models.pretrained import with_checkpointing
-from swaft.training.planning.step import LiveBytes, _without_dropout, trace_step, trace_training_step
+from swaft.training.planning.step import (
+    LiveBytes,
+    PlannedModel,
+    _without_dropout,
+    trace_step,
+    trace_training_step,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -51,9 +57,8 @@ def engine(**changed):
 
 def on_paper(settings, objective, *, gradient_checkpointing=False, **changed):
     train = TrainConfig(output_dir="none", gradient_checkpointing=gradient_checkpointing)
-    return trace_training_step(
-        lambda: build(settings), lambda: batch(settings), objective, train, engine(**changed)
-    )
+    planned = PlannedModel(lambda: build(settings), lambda: batch(settings))
+    return trace_training_step(planned, objective, train, engine(**changed))
 
 
 def activations(*how, **changed):
@@ -120,7 +125,9 @@ def test_a_model_whose_shapes_depend_on_the_data_is_refused_with_the_operation()
             return SimpleNamespace(loss=seen.sum(), logits=seen)
 
     with pytest.raises(ConfigError, match=r"aten\.(nonzero|index)"):
-        trace_training_step(Picky, lambda: batch(BERT), TaskLoss(), TrainConfig(output_dir="none"), engine())
+        trace_training_step(
+            PlannedModel(Picky, lambda: batch(BERT)), TaskLoss(), TrainConfig(output_dir="none"), engine()
+        )
 
 
 def test_a_storage_counts_once_and_until_it_is_freed():
