@@ -176,9 +176,12 @@ class Swap:
 
     def _overlaps(self, other: Swap) -> bool:
         """Whether the modules have parameters in common: they are the same, or one contains the other."""
-        modules = self.module(), other.module()
-        mine, others = ({id(p) for p in module.parameters()} if module else set() for module in modules)
-        return self is other or not mine.isdisjoint(others)
+        if self is other:
+            return True
+        mine, others = self.module(), other.module()
+        if mine is None or others is None:
+            return False
+        return not set(map(id, mine.parameters())).isdisjoint(map(id, others.parameters()))
 
     def guard(self, module: nn.Module, outer: nn.Module, calls: Iterable[str]) -> None:
         """Refuse, until :meth:`end`, any call that hands out the weights as the live ones, or replaces them.
