@@ -380,8 +380,8 @@ class WeightAverager:
         refuse_missed(self._plans.values(), before, applied)
 
     def _refuse_stale(self) -> None:
-        """Refuse to read or save averages that lack members because :meth:`step` was not called."""
-        if self.close.alive and not self.engine.superseded:
+        """Refuse to read or save averages that lack members of the announced run: :meth:`step` was not called."""
+        if self.applied_steps < self.plan().total_steps and self.close.alive and not self.engine.superseded:
             refuse_missed(self._plans.values(), self.applied_steps, self.engine.applied_steps())
 
     def _take_in(self, step: int) -> None:

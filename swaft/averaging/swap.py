@@ -73,7 +73,7 @@ def swapped_in(
     if engine.masters_are_working() or engine.misplaced() is not None:
         engine.swap.stash = engine.read(engine.working())
     engine.swap.buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-    engine.swap.entered = True
+    engine.swap.replaced = frozenset(map(id, engine.trainable.values()))
     try:
         _put_in(engine, shard)
         for name, values in (statistics or {}).items():
@@ -152,8 +152,8 @@ class Swap:
 
     module: ReferenceType[nn.Module]
     """The module."""
-    entered: bool = False
-    """Whether other weights have replaced the module's live ones."""
+    replaced: frozenset[int] = frozenset()
+    """Ids of the parameters in whose place other weights are now, by a swap of this module."""
     stash: Tensor | None = None
     """The owned live elements while active, if the engine keeps no other copy of them."""
     buffers: dict[str, Tensor] = field(default_factory=dict)
@@ -164,9 +164,17 @@ class Swap:
     _lifted: bool = False
 
     @property
+    def entered(self) -> bool:
+        """Whether other weights have replaced the module's live ones by a swap of its own."""
+        return bool(self.replaced)
+
+    @property
     def active(self) -> bool:
-        """Whether other weights have replaced the live ones, at least of a part that another module shares."""
-        return any(swap.entered and self._overlaps(swap) for swap in list(_SWAPS.values()))
+        """Whether other weights have replaced live ones of the module, by its own swap or of a part that another
+        module shares: what that one does not train, it has not replaced.
+        """
+        others = (swap.replaced for swap in list(_SWAPS.values()) if swap.entered)
+        return self.entered or any(not self._parameters().isdisjoint(each) for each in others)
 
     def let_readers_finish(self) -> None:
         """Block until nothing reads the live weights any more."""
@@ -176,12 +184,11 @@ class Swap:
 
     def _overlaps(self, other: Swap) -> bool:
         """Whether the modules have parameters in common: they are the same, or one contains the other."""
-        if self is other:
-            return True
-        mine, others = self.module(), other.module()
-        if mine is None or others is None:
-            return False
-        return not set(map(id, mine.parameters())).isdisjoint(map(id, others.parameters()))
+        return self is other or not self._parameters().isdisjoint(other._parameters())
+
+    def _parameters(self) -> set[int]:
+        module = self.module()
+        return set() if module is None else set(map(id, module.parameters()))
 
     def guard(self, module: nn.Module, outer: nn.Module, calls: Iterable[str]) -> None:
         """Refuse, until :meth:`end`, any call that hands out the weights as the live ones, or replaces them.
@@ -233,7 +240,7 @@ class Swap:
     def end(self) -> None:
         """End the swap: the live weights are back."""
         self._guards.close()
-        self.entered, self.stash, self.buffers = False, None, {}
+        self.replaced, self.stash, self.buffers = frozenset(), None, {}
 
 
 class _Refusal:

@@ -132,6 +132,17 @@ def test_an_average_may_be_read_before_the_latest_step_is_told_and_after_it_was_
     assert torch.equal(averager.shard(), before)
 
 
+def test_an_average_of_the_announced_steps_may_be_read_after_further_ones():
+    model = nn.Linear(3, 2)
+    optimizer, averager = attached(model, total_steps=4)
+    for step in range(8):
+        take_step(model, optimizer)
+        if step < 4:
+            averager.step()
+    with averager.swapped_in():
+        assert averager.num_averaged == 5
+
+
 def test_parameters_that_are_resized_in_place_are_refused(tmp_path):
     model = nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 2))
     optimizer, averager = attached(model)
@@ -262,6 +273,37 @@ def test_averagers_of_a_model_and_of_a_part_of_it_know_of_each_others_swap(swapp
     assert torch.equal(flat(model), live)
     other.step()
     assert other.count() == 5
+
+
+def test_averagers_of_two_models_that_share_a_frozen_part_do_not_see_each_others_swap():
+    shared = nn.Linear(5, 7).requires_grad_(False)
+    models = [nn.Sequential(shared, nn.Linear(7, 3)) for _ in range(2)]
+    averagers = []
+    for model in models:
+        optimizer, averager = attached(model)
+        take_step(model, optimizer)
+        averager.step()
+        averagers.append(averager)
+    live = [flat(model) for model in models]
+    with averagers[0].swapped_in(), averagers[1].swapped_in():  # an ensemble of both
+        assert not any(torch.equal(flat(model), each) for model, each in zip(models, live, strict=True))
+    assert all(torch.equal(flat(model), each) for model, each in zip(models, live, strict=True))
+
+
+def test_a_model_with_a_frozen_part_knows_of_a_swap_of_the_model_that_trains_it():
+    shared = nn.Linear(5, 7)
+    whole = nn.Sequential(shared, nn.Linear(7, 3))
+    optimizer, averager = attached(whole)
+    take_step(whole, optimizer)
+    averager.step()
+    shared.requires_grad_(False)
+    other = attached(nn.Sequential(shared, nn.Linear(7, 2)))[1]
+    with (
+        averager.swapped_in(),
+        pytest.raises(AveragingError, match="swapped in"),
+        other.swapped_in(),
+    ):
+        pass
 
 
 def test_a_trainable_parameter_outside_the_optimizer_is_refused_by_name():

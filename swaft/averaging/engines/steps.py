@@ -134,8 +134,9 @@ def refuse_missed(plans: Iterable[Plan], before: int, applied: int) -> None:
     if missed:
         raise AveragingError(
             f"the optimizer took {applied - before} steps since the last `averager.step()`, and step {missed[0]} "
-            "among them was to be averaged; expected a call after every optimizer step, and an averager that is "
-            "attached after a checkpoint was loaded, not before"
+            "among them was to be averaged; expected a call after every optimizer step (`averager.close()` where "
+            "averaging ends before training does), and an averager that is attached after a checkpoint was loaded, "
+            "not before"
         )
 
 
