@@ -66,7 +66,7 @@ class NoiseCallback(TrainerCallback):
         self._steps = 0
         self._own: dict[str, Any] = {}  # methods that had been replaced on the Trainer before
         self._counted = torch.ones(())
-        self._computed = False  # whether the objective has computed a loss since the last step
+        self._computed = False  # whether the objective has computed a loss since training began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Replace the loss by the objective, and resume its step."""
@@ -94,7 +94,6 @@ class NoiseCallback(TrainerCallback):
                 "self.compute_loss, or the model is in evaluation mode; expected compute_loss to be called, on a "
                 "model in training mode. Change that, or leave NoiseCallback out and call the objective there"
             )
-        self._computed = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the Trainer its own loss back."""
