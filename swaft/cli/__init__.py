@@ -10,12 +10,12 @@ from swaft.errors import ConfigError
 
 
 def reading(read: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
-    """Return an argparse type from a function, and from what was expected if it raises a ValueError."""
+    """Return an argparse type from a function, and from what was expected if it cannot read a word as a value."""
 
     def read_word(word: str) -> Any:
         try:
             return read(word)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{word!r} was found, expected {expected}") from None
 
     return read_word

@@ -140,7 +140,7 @@ def test_a_script_that_is_no_recipe_is_refused_with_what_it_lacks(tmp_path, caps
     assert "with Config and prepare" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("word", ["0", "-1", "much"])
+@pytest.mark.parametrize("word", ["0", "-1", "much", "nan", "inf"])
 def test_a_memory_that_is_no_size_is_refused(word, capsys):
     assert main(["plan", "--device_memory", word, *ZERO_2, "recipes/classification.py"]) == 1
     assert "device_memory" in capsys.readouterr().err

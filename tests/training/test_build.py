@@ -57,6 +57,11 @@ def test_each_kind_of_noise_has_its_objective(kind, objective):
     assert type(built).__name__ == objective.__name__
 
 
+def test_a_kind_of_noise_that_there_is_not_is_not_taken_for_none():
+    with pytest.raises(KeyError, match="smart"):
+        build_objective(NoiseConfig(kind="smart"), seed=1)  # type: ignore[arg-type]
+
+
 def test_options_that_are_set_win_over_the_preset():
     built = build_objective(NoiseConfig(kind="r3f", preset="relative", sigma=0.5, weight=2.0), seed=1)
     assert built.weight == 2.0

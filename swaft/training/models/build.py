@@ -119,7 +119,7 @@ def build_objective(noise: NoiseConfig, *, seed: int, label_smoothing: float = 0
     Raises:
         ConfigError: an option is set that the objective would not use, or options contradict each other.
     """
-    kind = NOISE_KINDS.get(noise.kind)
+    kind = None if noise.kind == "none" else NOISE_KINDS[noise.kind]
     options = chosen_options(noise, kind)
     with settings_of("noise"):
         if kind is None:
