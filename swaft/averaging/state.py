@@ -29,7 +29,7 @@ from torch import Tensor
 from swaft import options
 from swaft.averaging.engines import Engine
 from swaft.averaging.layout import Fragment, Range, laid_out, section
-from swaft.errors import StateError
+from swaft.errors import StateError, first_few
 from swaft.storage import FileRecord, Spec, TensorFile, write_tensors
 from swaft.storage.files import standing
 from swaft.storage.sealed import MANIFEST, read_manifest
@@ -151,8 +151,7 @@ class AverageState:
             if self.parameters.get(name, shape) != shape
         ]
         if problems:
-            more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
-            raise StateError(f"{where} is the average of another model: {'; '.join(problems[:3])}{more}")
+            raise StateError(f"{where} is the average of another model: {first_few(problems)}")
 
 
 def _checked(kind: type[Any], found: Any, where: Path) -> Any:

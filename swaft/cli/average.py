@@ -40,8 +40,8 @@ from typing import Any
 
 from swaft.cli import COUNT, CommandParser, reading
 from swaft.errors import ConfigError
+from swaft.sizes import parse_size
 from swaft.soup import Soup, average, average_greedily, last_checkpoints, score_by_command
-from swaft.soup.output import parse_size
 from swaft.soup.soup import GreedyChoice, command_words
 from swaft.storage.tensor_file import WRITTEN
 
