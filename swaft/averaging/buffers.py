@@ -37,25 +37,30 @@ Steps = list[tuple[str, nn.Module]]
 """The parametrizations of one tensor, in order, each with the prefix of its names."""
 
 
+def persistent_buffers(module: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The buffers in a module's state dict, by name; with ``aliases``, those of shared parts under each name."""
+    for prefix, part in module.named_modules(remove_duplicate=not aliases):
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
 def changing_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that training may change, by clean name: those in the state dict that are floating-point or hold
     a single number. This excludes masks and quantised weights.
     """
     return {
-        clean_name(f"{prefix}.{name}" if prefix else name): buffer
-        for prefix, part in module.named_modules()
-        for name, buffer in part.named_buffers(recurse=False)
-        if name not in part._non_persistent_buffers_set
-        and (buffer.is_floating_point() or buffer.numel() == 1)
+        clean_name(name): buffer
+        for name, buffer in persistent_buffers(module)
+        if buffer.is_floating_point() or buffer.numel() == 1
     }
 
 
 def parametrized(module: nn.Module) -> Iterator[tuple[str, str, Steps]]:
     """Every parametrized tensor: its clean name, the prefix of its originals' names, its parametrizations."""
     for raw_prefix, part in module.named_modules():
-        held: Any = part._modules.get(
-            "parametrizations"
-        )  # read directly: peft's wrappers forward attributes to what they wrap
+        # Read directly: peft's wrappers forward attributes to what they wrap.
+        held: Any = part._modules.get("parametrizations")
         if isinstance(held, nn.ModuleDict):
             prefix = f"{clean_name(raw_prefix)}." if raw_prefix else ""
             for name, steps in held.items():
