@@ -128,7 +128,8 @@ def count_items(targets: Tensor) -> Tensor:
 def count_rows(batch: dict[str, Any]) -> int:
     """Count the rows of a batch without labels by its first tensor, or else its first list; 1 if it has neither."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
-    return len(next(iter([*tensors, *(value for value in batch.values() if isinstance(value, list))]), (1,)))
+    lists = [value for value in batch.values() if isinstance(value, list)]
+    return next((len(value) for value in (*tensors, *lists)), 1)
 
 
 def mean_cross_entropy(logits: Tensor, inputs: Inputs, *, label_smoothing: float = 0.0) -> Tensor:

@@ -217,7 +217,9 @@ def _check_output(output: Any, objective: str) -> None:
             "which needs only the loss."
         )
     # Such a term may be too small compared to the cross entropy to show in the loss.
-    names = dict.fromkeys([*dir(output), *(output if isinstance(output, Mapping) else ())])
+    names = dict.fromkeys(dir(output))
+    if isinstance(output, Mapping):
+        names |= dict.fromkeys(output)
     terms = [name for name in names if name.endswith(_ROUTER_LOSSES) and part(output, name) is not None]
     if terms:
         raise router_terms(", ".join(terms), objective)

@@ -33,13 +33,7 @@ from torch import Tensor
 
 from swaft.noise.loss import rows as torch_rows
 from swaft.noise.loss.options import LossOptions, wide_dtype
-from swaft.noise.loss.rows import (
-    RowGradients,
-    RowInputs,
-    RowStatistics,
-    empty_rows,
-    task_rows,
-)
+from swaft.noise.loss.rows import RowGradients, RowInputs, RowStatistics, empty_rows, task_rows
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +206,7 @@ class _Arithmetic:
     def round_(self, slab: Tensor) -> None:
         """Round gradients that the row kernel has left in a wider dtype than the products should use."""
         if slab.dtype != self.gradient:
-            for block in slab.split(max(1, _ROWS_MULTIPLE // 16)):
+            for block in slab.split(_ROWS_MULTIPLE // 16):
                 block.copy_(block.to(self.gradient))
 
 
@@ -245,10 +239,8 @@ class _Buffers:
         if parts:
             left -= self.product_rows * products
             self.rows = fitting(gradients, self.product_rows)
-        self._products, self._gradients = (
-            empty_rows(rows, classes, dtype=dtype, device=weight.device)
-            for rows, dtype in ((2 * self.product_rows, wide), (parts * self.rows, dtype))
-        )
+        self._products = empty_rows(2 * self.product_rows, classes, dtype=wide, device=weight.device)
+        self._gradients = empty_rows(parts * self.rows, classes, dtype=dtype, device=weight.device)
 
     def products(self, rows: int) -> Tensor:
         """The memory for the products of ``rows`` rows (2R, V)."""
@@ -287,10 +279,9 @@ class _Chunks:
             return torch.zeros(like.shape if needed else (0,), dtype=dtype, device=device)
 
         self.statistics = torch.zeros(4, count, dtype=wide, device=device)
-        self.hidden, self.noised_hidden = (
-            zeros(like, needed, stored_dtype(like.dtype))
-            for like, needed in ((inputs.hidden, needs.hidden), (inputs.noised_hidden, needs.noised_hidden))
-        )
+        hidden, noised_hidden = inputs.hidden, inputs.noised_hidden
+        self.hidden = zeros(hidden, needs.hidden, stored_dtype(hidden.dtype))
+        self.noised_hidden = zeros(noised_hidden, needs.noised_hidden, stored_dtype(noised_hidden.dtype))
         self.weight = torch.empty(inputs.weight.shape if needs.weight else (0,), dtype=wide, device=device)
         self.bias = zeros(inputs.weight[:, 0], needs.bias, wide)
 
@@ -350,11 +341,8 @@ class _Chunks:
         hidden, given = hidden.to(arithmetic.given), arithmetic.given
         split = torch.stack([arithmetic.operand(each, arithmetic.gradient) for each in (noise, hidden)])
         if self.options.form == "direct":
-            return (
-                torch.stack([arithmetic.operand(each, given) for each in (noised_hidden, hidden)]),
-                split,
-                None,
-            )
+            whole = torch.stack([arithmetic.operand(each, given) for each in (noised_hidden, hidden)])
+            return whole, split, None
         if not arithmetic.narrow or given == arithmetic.gradient:
             return split, split, None
         exponent = torch.frexp(noise.float().abs().amax(-1, keepdim=True)).exponent
@@ -389,12 +377,13 @@ class _Chunks:
         inputs, statistics = self.inputs, RowStatistics(*self.statistics)
         task = inputs.ce_weight * task_rows(statistics, self.options)
         loss = self.factor * (task + inputs.kl_weight * statistics.divergence).sum()
-        weight, bias = (
-            sums.mul_(self.factor)
-            if like is None or stored_dtype(like.dtype) == sums.dtype
-            else times(sums, self.factor, stored_dtype(like.dtype))
-            for sums, like in ((self.weight, inputs.weight), (self.bias, inputs.bias))
-        )
+
+        def scaled(sums: Tensor, like: Tensor | None) -> Tensor:
+            if like is None or stored_dtype(like.dtype) == sums.dtype:
+                return sums.mul_(self.factor)
+            return times(sums, self.factor, stored_dtype(like.dtype))
+
+        weight, bias = scaled(self.weight, inputs.weight), scaled(self.bias, inputs.bias)
         return LinearLoss(loss, self.statistics, self.hidden, self.noised_hidden, weight, bias)
 
 
