@@ -17,25 +17,17 @@ the memory for gradients. Every chunk reads and writes the whole of dW, so fewer
 
 from __future__ import annotations
 
-import logging
-import os
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
-from shutil import which
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from swaft.environment import has_triton
 from swaft.noise.loss import rows as torch_rows
 from swaft.noise.loss.options import LossOptions, wide_dtype
 from swaft.noise.loss.rows import RowGradients, RowInputs, RowStatistics, empty_rows, task_rows
-
-logger = logging.getLogger(__name__)
 
 _CPU_CHUNK_BYTES = 96 * 2**20
 """Memory of a chunk on a CPU: 256 rows at 32k classes in fp32, enough for the products to run at full speed."""
@@ -66,24 +58,6 @@ def row_kernel(device: torch.device, dtype: torch.dtype) -> RowKernel:
 
         return triton_rows
     return torch_rows.rows
-
-
-@cache
-def has_triton() -> bool:
-    """Whether GPU kernels can be compiled here; without Triton, plain operations give the same.
-
-    Triton also compiles code for the host, which needs a C compiler and Python's headers.
-    """
-    if find_spec("triton") is None:
-        return False
-    compiler = any(map(which, filter(None, (os.environ.get("CC"), "gcc", "clang"))))
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    if not (compiler and headers):
-        what = "Python's headers (python3-dev)" if compiler else "a C compiler (gcc, or one that CC names)"
-        logger.warning(
-            "noise and losses are computed by plain operations, which is slower: Triton needs %s", what
-        )
-    return compiler and headers
 
 
 class Needs(NamedTuple):
@@ -354,18 +328,15 @@ class _Chunks:
     ) -> None:
         """Propagate a chunk's gradients to hidden states, weight and bias."""
         rows, arithmetic, moves = split_operands.shape[1], self.arithmetic, self.options.noised_moves
-        wanted = (
-            (self.hidden, self.needs.hidden),
-            (self.noised_hidden, self.needs.noised_hidden and moves),
-        )
-        begin, end = (0 if wanted[0][1] else rows), (2 * rows if wanted[1][1] else rows)
+        clean, noised = self.needs.hidden, self.needs.noised_hidden and moves
+        begin, end = (0 if clean else rows), (2 * rows if noised else rows)
         if begin < end:
             products = torch.empty(end - begin, weight.shape[1], dtype=arithmetic.wide, device=weight.device)
             arithmetic.product(slab[begin:end], weight, out=products).mul_(self.factor)
-            pieces = iter(products.split(rows))
-            for target, needed in wanted:
-                if needed:
-                    target[chosen] = next(pieces).to(target.dtype)
+            if clean:
+                self.hidden[chosen] = products[:rows].to(self.hidden.dtype)
+            if noised:
+                self.noised_hidden[chosen] = products[-rows:].to(self.noised_hidden.dtype)
         if self.needs.weight:
             operands = split_operands.flatten(0, 1) if moves else split_operands[1]
             arithmetic.add_product_(self.weight, slab[-2 * rows :].mT, operands, first=first)
