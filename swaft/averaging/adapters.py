@@ -84,7 +84,10 @@ class AdapterFolder:
 
         self._module: Any = module
         # OFT also has buffers that are not persistent, under names that peft picks.
-        tensors = (*module.named_parameters(remove_duplicate=False), *persistent_buffers(module, aliases=True))
+        tensors = (
+            *module.named_parameters(remove_duplicate=False),
+            *persistent_buffers(module, aliases=True),
+        )
         self._marks = {name: torch.empty(0) for name, _ in tensors}
         self._prompt = torch.empty(0)
         names = {id(mark): clean_name(name) for name, mark in self._marks.items()}

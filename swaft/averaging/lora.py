@@ -226,7 +226,7 @@ def product_mean(
         if layer.name in factors:
             weights[layer.up], weights[layer.down] = factors[layer.name]
     return ProductMean(
-        num_members=len(shards) - (chosen.blend != 1),
+        num_members=len(shards) if chosen.blend == 1 else len(shards) - 1,  # without the last update
         rank=rank,
         gap=Distance.between(norms, layers, "gap"),
         truncation=Distance.between(norms, layers, "lost"),

@@ -201,4 +201,6 @@ def _equal(name: str, members: Sequence[Weighted], span: tuple[int, int]) -> Ten
 
 
 def _ratio(lost: float, whole: float) -> float:
-    return math.sqrt(lost / whole) if whole else (0.0 if lost == 0.0 else math.inf)
+    if lost == 0.0:
+        return 0.0
+    return math.sqrt(lost / whole) if whole else math.inf

@@ -42,7 +42,7 @@ class SWA:
 
     def plan(self, total_steps: int) -> SettledPlan:
         """The events of a run, see `Rule.plan`."""
-        steps = spaced(self, total_steps, skipped=not self.include_start)
+        steps = spaced(self, total_steps, skipped=0 if self.include_start else 1)
         return SettledPlan(**steps, moves=one_mean(lambda n: 1.0 / (n + 1)))
 
 

@@ -184,8 +184,9 @@ class WeightAveragingCallback(TrainerCallback):
         if not held.rules[0].count:
             logger.warning(
                 "%s, the best checkpoint, was written before averaging began: %s holds the average of the whole "
-                "run", checkpoint, self._export,
-            )  # fmt: skip
+                "run",
+                *(checkpoint, self._export),
+            )
             return f" (of the whole run; {checkpoint.name}, the best, was written before averaging began)"
         self._attached.load_state(averages)
         if self._attached.num_averaged == 1:
