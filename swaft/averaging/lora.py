@@ -276,10 +276,7 @@ def _gather_members(
 ) -> dict[str, Members]:
     """The factors of every member by ``layer:adapter`` on rank 0 (collective; {} elsewhere).
 
-    Args:
-        engine: provides the model.
-        layers: the layers whose factors are gathered.
-        wholes: (coefficient, trained tensors whole on rank 0), one per member; gathered lazily.
+    ``wholes`` are one pair (coefficient, trained tensors whole on rank 0) per member, gathered one at a time.
     """
     factors = {name for layer in layers for name in (layer.up, layer.down)}
     frozen = export.add_frozen(engine, {}, names=factors - engine.trainable.keys())

@@ -41,9 +41,10 @@ class Scratch:
 
     def __init__(self, folder: Path | None, num_bytes: int):
         self._pages, self._end = None, 0
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        if folder is not None and num_bytes > IN_MEMORY_BYTES:
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if num_bytes > IN_MEMORY_BYTES:
             with tempfile.TemporaryFile(dir=folder) as file:
                 # On a full disk, this raises now, instead of a signal later.
                 os.posix_fallocate(file.fileno(), 0, num_bytes)
@@ -108,7 +109,8 @@ def outside(engine: Engine, scope: str) -> set[str]:
         kept = {id(parameter) for part in parts for parameter in part.parameters()}
     else:
         model: Any = engine.module.get_base_model() if is_peft(engine.module) else engine.module  # type: ignore[operator]
-        body = getattr(model, getattr(model, "base_model_prefix", None) or "\0", None)
+        prefix = getattr(model, "base_model_prefix", None)
+        body = getattr(model, prefix, None) if prefix else None
         if not isinstance(body, nn.Module):
             raise AveragingError(
                 f"scope='no_head' was asked of a {type(model).__name__}, which does not say what its head is; "

@@ -200,15 +200,7 @@ def _clean_pass(
 
 
 def _check_output(output: Any, objective: str) -> None:
-    """Refuse an output without loss or logits, or whose loss has terms of a mixture of experts.
-
-    Args:
-        output: what the model returned for a batch with labels.
-        objective: the objective's name, for the message.
-
-    Raises:
-        NoiseError: names what was found.
-    """
+    """Refuse an output without loss or logits, or whose loss has terms of a mixture of experts."""
     if not isinstance(task_logits(output), Tensor) or part(output, "loss") is None:
         raise NoiseError(
             f"The model's output, {type(output).__name__}, lacks .loss or .logits (or the same as keys), which "

@@ -57,11 +57,12 @@ class Forecast:
         def mib(count: int) -> str:
             return f"{count / 2**20:,.1f} MiB"
 
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         lines = [
             f"{self.events:,} events, {self.elements:,} elements on this rank",
             f"host memory {mib(self.host_bytes)}, {mib(self.swap_bytes)} more in a swap or an export, "
             f"pinned {mib(self.pinned_bytes)}, copied {mib(self.copied_bytes)} per event",
-            f"{self.seconds:.3g} s of arithmetic per event on {self.threads} thread{'s' * (self.threads > 1)}, "
+            f"{self.seconds:.3g} s of arithmetic per event on {threads}, "
             "in the background; a shorter training step waits for it",
         ]
         return "\n".join(lines)
