@@ -213,21 +213,22 @@ class Statistics:
                 "exported together with the last ones",
                 ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else ""),
             )
-        had, buffers = self._kept.get(average, (members, {}))
-        others = [each for each in self._kept if each.rule == average.rule and each != average]
-        if had != members:
+        others = [each for each in self._kept if each.rule == average.rule]
+        if average in self._kept:
+            had, buffers = self._kept[average]
+            if had == members:
+                return buffers
             self._warn(
                 "this average has taken in members since its running statistics were computed, so the last ones "
                 "are taken; call averager.update_bn(loader) again",
             )
-            return {}
-        if others and average not in self._kept and average.blend != 0:
+        elif others and average.blend != 0:
             self._warn(
                 "the running statistics are those of %s, and not of %s, so the last ones are taken; call "
                 "averager.update_bn(loader, readout) for this one too",
                 *(others[-1], average),
             )
-        return buffers
+        return {}
 
     def _warn(self, message: str, *values: object) -> None:
         if self._engine.ranks.is_main:

@@ -41,9 +41,9 @@ class Inputs:
             NoiseError: an argument does not have one row per row of the batch (images, several of a text).
         """
         rows = self.targets.shape[0]
-        for name in _of_other_rows(self.arguments, rows):
+        if others := _of_other_rows(self.arguments, rows):
             raise NoiseError(
-                f"{name} has shape {tuple(self.arguments[name].shape)} in a batch of {rows} rows, so "
+                f"{others[0]} has shape {tuple(self.arguments[others[0]].shape)} in a batch of {rows} rows, so "
                 "passes='doubled' cannot double it; expected one row per row. Set passes='two'."
             )
         return {

@@ -244,9 +244,9 @@ class BEMA:
             return self.lag + self.multiplier * (steps["first_step"] + n * self.every)
 
         def moves(n: int) -> tuple[Update, ...]:
-            begun = () if n else (Update(first, 1.0),)
-            beta = age(n) ** -self.ema_power if n else 1.0
-            return (Update(mean, beta), *begun, Update(latest, 1.0))
+            if n == 0:
+                return (Update(mean, 1.0), Update(first, 1.0), Update(latest, 1.0))
+            return (Update(mean, age(n) ** -self.ema_power), Update(latest, 1.0))
 
         def average(members: int) -> dict[int, float]:
             alpha = age(members - 1) ** -self.bias_power
