@@ -52,6 +52,8 @@ from swaft.storage.tensor_file import dtype_of_weights, name_of
 
 FOLDER = "{folder}"
 """The placeholder for the folder in an evaluation command."""
+SHARD_BYTES = 5 * 10**9
+"""Default maximum size of one file of weights."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def average(
     *,
     weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "float32",
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = SHARD_BYTES,
     base: str | PathLike[str] | None = None,
     lora_rank: int | None = None,
     rule: str | None = None,
@@ -330,7 +332,7 @@ def _opened(
     *,
     weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "float32",
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = SHARD_BYTES,
     base: str | PathLike[str] | None = None,
     lora_rank: int | None = None,
     rule: str | None = None,
