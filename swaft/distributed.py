@@ -128,7 +128,7 @@ class Ranks:
         except Exception as found:  # whatever it is, the other ranks are waiting
             if fault is None:
                 raise
-            error = StateError(f"{fault}: {_in_one_line(found)}")
+            error = StateError(f"{fault}: {_reason(found)}")
             error.__cause__ = found
         self.raise_together(error, patiently=patiently)
 
@@ -188,7 +188,7 @@ def _gloo_group(*, at_least: timedelta = timedelta(), at_most: timedelta = timed
     return dist.new_group(backend="gloo", timeout=min(max(limit, at_least), at_most))
 
 
-def _in_one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).splitlines()

@@ -1,15 +1,23 @@
-"""The software that a result or a bug depends on."""
+"""The software that a result or a bug depends on, and whether GPU kernels can be compiled."""
 
 from __future__ import annotations
 
+import logging
+import os
 import platform
 import subprocess
+import sysconfig
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from swaft import __version__
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "safetensors", "peft", "numpy")
 
@@ -31,6 +39,24 @@ def package_versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+@cache
+def has_triton() -> bool:
+    """Whether GPU kernels can be compiled here; without Triton, plain operations give the same.
+
+    Triton also compiles code for the host, which needs a C compiler and Python's headers.
+    """
+    if find_spec("triton") is None:
+        return False
+    compiler = any(map(which, filter(None, (os.environ.get("CC"), "gcc", "clang"))))
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    if not (compiler and headers):
+        what = "Python's headers (python3-dev)" if compiler else "a C compiler (gcc, or one that CC names)"
+        logger.warning(
+            "noise and losses are computed by plain operations, which is slower: Triton needs %s", what
+        )
+    return compiler and headers
 
 
 def _git_commit() -> str | None:

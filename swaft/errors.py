@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message without its line breaks, as part of another message."""
-    return " ".join(str(error).split())
+def one_line(text: object) -> str:
+    """Return a text, or the message of an error, without line breaks, as part of another text."""
+    return " ".join(str(text).split())
+
+
+def first_few(problems: list[str]) -> str:
+    """Return the first three of many like problems in one line, and how many more there are."""
+    more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
+    return f"{'; '.join(problems[:3])}{more}"
 
 
 class SwaftError(Exception):

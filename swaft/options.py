@@ -47,7 +47,7 @@ class Range:
         """What is allowed, to be appended to "a number": ", at least 0 and below 1"."""
         bounds = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
         told = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound))
-        return told and f", {told}"
+        return f", {told}" if told else ""
 
 
 Count = Annotated[int, Range(low=1)]
@@ -98,7 +98,7 @@ class Option:
         if self._allows(value):
             return None
         near = suggestion(value, self.choices) if isinstance(value, str) else ""
-        return f"is {value!r}, expected {self.expected}{near and '.'}{near}"
+        return f"is {value!r}, expected {self.expected}" + (f".{near}" if near else "")
 
     @property
     def expected(self) -> str:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from swaft.averaging.buffers import copy_with
+from swaft.averaging.buffers import copy_with, persistent_buffers
 from swaft.averaging.layout import clean_name
 from swaft.errors import AveragingError
 
@@ -83,14 +83,13 @@ class AdapterFolder:
         from peft import get_peft_model_state_dict
 
         self._module: Any = module
-        tensors = dict(module.named_parameters(remove_duplicate=False))
-        tensors |= {
-            f"{prefix}.{name}" if prefix else name: buffer
-            for prefix, part in module.named_modules(remove_duplicate=False)
-            for name, buffer in part.named_buffers(recurse=False)
-            if name not in part._non_persistent_buffers_set  # OFT has some with names that peft picks
-        }
-        self._marks, self._prompt = {name: torch.empty(0) for name in tensors}, torch.empty(0)
+        # OFT also has buffers that are not persistent, under names that peft picks.
+        tensors = (
+            *module.named_parameters(remove_duplicate=False),
+            *persistent_buffers(module, aliases=True),
+        )
+        self._marks = {name: torch.empty(0) for name, _ in tensors}
+        self._prompt = torch.empty(0)
         names = {id(mark): clean_name(name) for name, mark in self._marks.items()}
         names[id(self._prompt)] = PROMPT
         self._picked: dict[str, dict[str, str]] = {}

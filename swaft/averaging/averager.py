@@ -227,7 +227,7 @@ class WeightAverager:
         chosen = self.chosen(readout, blend)
         shard = self.shard_together(chosen)
         plan, count = self.plan(chosen.rule), self.count(chosen.rule)
-        means = f"weights of a training run, averaged by `{plan.rule!r}`: {plan.in_words(count, chosen)}"
+        averaged = f"weights of a training run, averaged by `{plan.rule!r}`: {plan.in_words(count, chosen)}"
         export.save_pretrained(
             self.engine,
             path,
@@ -235,7 +235,7 @@ class WeightAverager:
             statistics=self._statistics.of(*self._average(chosen)),
             dtype=dtype,
             max_shard_size=max_shard_size,
-            description=(means if chosen.blend else "the last weights of a training run") + note,
+            description=(averaged if chosen.blend else "the last weights of a training run") + note,
         )
 
     def save_state(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:

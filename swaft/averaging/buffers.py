@@ -37,25 +37,30 @@ Steps = list[tuple[str, nn.Module]]
 """The parametrizations of one tensor, in order, each with the prefix of its names."""
 
 
+def persistent_buffers(module: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The buffers in a module's state dict, by name; with ``aliases``, those of shared parts under each name."""
+    for prefix, part in module.named_modules(remove_duplicate=not aliases):
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
 def changing_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that training may change, by clean name: those in the state dict that are floating-point or hold
     a single number. This excludes masks and quantised weights.
     """
     return {
-        clean_name(f"{prefix}.{name}" if prefix else name): buffer
-        for prefix, part in module.named_modules()
-        for name, buffer in part.named_buffers(recurse=False)
-        if name not in part._non_persistent_buffers_set
-        and (buffer.is_floating_point() or buffer.numel() == 1)
+        clean_name(name): buffer
+        for name, buffer in persistent_buffers(module)
+        if buffer.is_floating_point() or buffer.numel() == 1
     }
 
 
 def parametrized(module: nn.Module) -> Iterator[tuple[str, str, Steps]]:
     """Every parametrized tensor: its clean name, the prefix of its originals' names, its parametrizations."""
     for raw_prefix, part in module.named_modules():
-        held: Any = part._modules.get(
-            "parametrizations"
-        )  # read directly: peft's wrappers forward attributes to what they wrap
+        # Read directly: peft's wrappers forward attributes to what they wrap.
+        held: Any = part._modules.get("parametrizations")
         if isinstance(held, nn.ModuleDict):
             prefix = f"{clean_name(raw_prefix)}." if raw_prefix else ""
             for name, steps in held.items():
@@ -208,21 +213,22 @@ class Statistics:
                 "exported together with the last ones",
                 ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else ""),
             )
-        had, buffers = self._kept.get(average, (members, {}))
-        others = [each for each in self._kept if each.rule == average.rule and each != average]
-        if had != members:
+        others = [each for each in self._kept if each.rule == average.rule]
+        if average in self._kept:
+            had, buffers = self._kept[average]
+            if had == members:
+                return buffers
             self._warn(
                 "this average has taken in members since its running statistics were computed, so the last ones "
                 "are taken; call averager.update_bn(loader) again",
             )
-            return {}
-        if others and average not in self._kept and average.blend != 0:
+        elif others and average.blend != 0:
             self._warn(
                 "the running statistics are those of %s, and not of %s, so the last ones are taken; call "
                 "averager.update_bn(loader, readout) for this one too",
                 *(others[-1], average),
             )
-        return buffers
+        return {}
 
     def _warn(self, message: str, *values: object) -> None:
         if self._engine.ranks.is_main:

@@ -31,7 +31,7 @@ from swaft.errors import AveragingError
 from swaft.storage import TensorFile
 from swaft.storage.files import is_free, new_folder
 from swaft.storage.model_card import write_card
-from swaft.storage.tensor_file import dtype_of_weights
+from swaft.storage.tensor_file import dtype_of_weights, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +110,13 @@ def save_pretrained(
 
 def describe(engine: Engine, folder: Path, description: str, dtype: torch.dtype = torch.float32) -> None:
     """Write a folder's model card, also over peft's, which is only an unfilled template."""
-    stored, adapts = str(dtype).removeprefix("torch."), is_peft(engine.module)
-    body = [f"This folder holds {description}, in {stored}, written by swaft."]
+    body = [f"This folder holds {description}, in {name_of(dtype)}, written by swaft."]
+    if adapts := is_peft(engine.module):
+        body += how_to_open(engine.module, folder)
     write_card(
         folder,
         title=folder.name,
-        body=[*body, *(how_to_open(engine.module, folder) if adapts else ())],
+        body=body,
         library="peft" if adapts else "transformers",
         base_model=getattr(getattr(engine.module, "config", None), "_name_or_path", None),
     )
@@ -129,8 +130,8 @@ def rounded_away(engine: Engine, shard: Tensor, dtype: torch.dtype) -> str:
         size += _squares(piece)
         distance += float((piece.double() - last.double()).square().sum())
     lost, distance, size = engine.ranks.sum([lost, distance, size])
-    name, share = str(dtype).removeprefix("torch."), math.sqrt(lost / size) if size else 0.0
-    words = f"rounding to {name} takes away {share:.2g} of the weights"
+    share = math.sqrt(lost / size) if size else 0.0
+    words = f"rounding to {name_of(dtype)} takes away {share:.2g} of the weights"
     if distance:
         words += f", {math.sqrt(lost / distance):.2g} of their distance from the last weights"
     return words
@@ -216,7 +217,7 @@ def write_model(
         save_file(whole, folder / "model.safetensors")
     if (folder / "config.json").exists():
         # transformers writes the dtype the model trains in, and would load these weights rounded to it.
-        edit_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
+        edit_json(folder / "config.json", dtype=name_of(dtype))
         # It leaves out the two default labels of most model types, but BART's default is three.
         config: Any = module.config
         if getattr(type(config).from_pretrained(folder), "id2label", None) != config.id2label:

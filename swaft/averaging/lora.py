@@ -29,10 +29,9 @@ from swaft.averaging import export, lora_layers, swap
 from swaft.averaging.adapters import folder_of
 from swaft.averaging.buffers import fold_parametrizations
 from swaft.averaging.engines import Engine
-from swaft.averaging.engines.base import PIECE
 from swaft.averaging.lora_layers import PREFIX, LoraLayer, Members
 from swaft.averaging.rules import Plan, Readout
-from swaft.averaging.shards import gather_trained, messages
+from swaft.averaging.shards import gather_trained, scatter_trained
 from swaft.errors import AveragingError
 
 if TYPE_CHECKING:
@@ -221,21 +220,20 @@ def product_mean(
                 if layer.trained
             }
     norms: dict[str, Norms] = engine.ranks.gather({each: norms for each, (_, norms) in averaged.items()})[0]
+    factors = {each: of_layer for each, (of_layer, _) in averaged.items()}
+    weights = dict(trained)
+    for layer in layers:
+        if layer.name in factors:
+            weights[layer.up], weights[layer.down] = factors[layer.name]
     return ProductMean(
-        num_members=len(shards) - (chosen.blend != 1),
+        num_members=len(shards) if chosen.blend == 1 else len(shards) - 1,  # without the last update
         rank=rank,
         gap=Distance.between(norms, layers, "gap"),
         truncation=Distance.between(norms, layers, "lost"),
-        factors={each: factors for each, (factors, _) in averaged.items()},
+        factors=factors,
         _engine=engine,
         _layers=layers,
-        _weights=trained
-        | {
-            name: factor
-            for layer in layers
-            if layer.name in averaged
-            for name, factor in zip((layer.up, layer.down), averaged[layer.name][0], strict=True)
-        },
+        _weights=weights,
         _members=members,
     )
 
@@ -258,31 +256,6 @@ def save_merged(
     _save_merged(engine, path, layers, trained, _gather_members(engine, layers, [(1.0, trained)]))
 
 
-def scatter_trained(engine: Engine, weights: dict[str, Tensor]) -> Tensor:
-    """This rank's shard of tensors that are whole on rank 0: the inverse of :func:`gather_trained` (collective).
-
-    Args:
-        engine: provides the layout.
-        weights: name to (parameter shape), fp32, host, on rank 0; ignored elsewhere.
-
-    Returns:
-        (engine.numel,), fp32, host.
-    """
-    ranks, everyone = engine.ranks, engine.ranks.gather(engine.fragments)
-    mine = torch.empty(engine.numel, dtype=torch.float32, device="cpu")
-    if not ranks.is_main:
-        for piece in mine.split(PIECE) if len(mine) else ():
-            ranks.receive(piece, source=0)
-        return mine
-    for rank, first, places in messages(everyone):
-        values = torch.cat([weights[place.name].reshape(-1)[place.start : place.end] for place in places])
-        if rank:
-            ranks.send(values, to=rank)
-        else:
-            mine[first : first + len(values)] = values
-    return mine
-
-
 def _refuse_mixtures(plan: Plan, num_members: int, chosen: Readout) -> None:
     """Refuse an average made of lanes in which members are already mixed."""
     whole: set[int] = set()
@@ -303,10 +276,7 @@ def _gather_members(
 ) -> dict[str, Members]:
     """The factors of every member by ``layer:adapter`` on rank 0 (collective; {} elsewhere).
 
-    Args:
-        engine: provides the model.
-        layers: the layers whose factors are gathered.
-        wholes: (coefficient, trained tensors whole on rank 0), one per member; gathered lazily.
+    ``wholes`` are one pair (coefficient, trained tensors whole on rank 0) per member, gathered one at a time.
     """
     factors = {name for layer in layers for name in (layer.up, layer.down)}
     frozen = export.add_frozen(engine, {}, names=factors - engine.trainable.keys())
@@ -394,9 +364,8 @@ def _save_merged(
             "expected an adapter folder"
         )
     for layer in layers:
-        bias, base_bias = (
-            f"{PREFIX}{layer.path}.{of}.bias" for of in (f"lora_B.{layer.adapter}", "base_layer")
-        )
+        bias = f"{PREFIX}{layer.path}.lora_B.{layer.adapter}.bias"
+        base_bias = f"{PREFIX}{layer.path}.base_layer.bias"
         if layer.active and bias in engine.state_names and base_bias not in engine.state_names:
             raise AveragingError(
                 f"adapter {layer.adapter!r} trains a bias of {layer.path!r} (lora_bias=True), which has none to "

@@ -41,9 +41,10 @@ class Scratch:
 
     def __init__(self, folder: Path | None, num_bytes: int):
         self._pages, self._end = None, 0
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        if folder is not None and num_bytes > IN_MEMORY_BYTES:
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if num_bytes > IN_MEMORY_BYTES:
             with tempfile.TemporaryFile(dir=folder) as file:
                 # On a full disk, this raises now, instead of a signal later.
                 os.posix_fallocate(file.fileno(), 0, num_bytes)
@@ -108,7 +109,8 @@ def outside(engine: Engine, scope: str) -> set[str]:
         kept = {id(parameter) for part in parts for parameter in part.parameters()}
     else:
         model: Any = engine.module.get_base_model() if is_peft(engine.module) else engine.module  # type: ignore[operator]
-        body = getattr(model, getattr(model, "base_model_prefix", None) or "\0", None)
+        prefix = getattr(model, "base_model_prefix", None)
+        body = getattr(model, prefix, None) if prefix else None
         if not isinstance(body, nn.Module):
             raise AveragingError(
                 f"scope='no_head' was asked of a {type(model).__name__}, which does not say what its head is; "
@@ -159,11 +161,11 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch = MEMORY) 
     ranks, everyone = engine.ranks, engine.ranks.gather(engine.fragments)
     weights = room_for(engine, engine.trainable, scratch)
     if not ranks.is_main:
-        for piece in shard.split(PIECE) if len(shard) else ():
+        for piece in _pieces(shard):
             ranks.send(piece, to=0)
         return {}
     message = torch.empty(PIECE, dtype=torch.float32, device="cpu") if ranks.world_size > 1 else shard
-    for rank, first, places in messages(everyone):
+    for rank, first, places in _messages(everyone):
         numel = sum(place.numel for place in places)
         values = message[:numel] if rank else shard[first : first + numel]
         if rank:
@@ -173,8 +175,38 @@ def gather_trained(engine: Engine, shard: Tensor, *, scratch: Scratch = MEMORY) 
     return weights
 
 
-def messages(everyone: Sequence[Sequence[Fragment]]) -> Iterator[tuple[int, int, list[Fragment]]]:
-    """The messages of every rank's shard, as ``shard.split`` cuts it: (rank, first element, its fragments)."""
+def scatter_trained(engine: Engine, weights: dict[str, Tensor]) -> Tensor:
+    """This rank's shard of tensors that are whole on rank 0: the inverse of :func:`gather_trained` (collective).
+
+    Args:
+        engine: provides the layout.
+        weights: name to (parameter shape), fp32, host, on rank 0; ignored elsewhere.
+
+    Returns:
+        (engine.numel,), fp32, host.
+    """
+    ranks, everyone = engine.ranks, engine.ranks.gather(engine.fragments)
+    mine = torch.empty(engine.numel, dtype=torch.float32, device="cpu")
+    if not ranks.is_main:
+        for piece in _pieces(mine):
+            ranks.receive(piece, source=0)
+        return mine
+    for rank, first, places in _messages(everyone):
+        values = torch.cat([weights[place.name].reshape(-1)[place.start : place.end] for place in places])
+        if rank:
+            ranks.send(values, to=rank)
+        else:
+            mine[first : first + len(values)] = values
+    return mine
+
+
+def _pieces(shard: Tensor) -> Sequence[Tensor]:
+    """A rank's own messages, as views of its shard; none if it is empty."""
+    return shard.split(PIECE) if len(shard) else ()
+
+
+def _messages(everyone: Sequence[Sequence[Fragment]]) -> Iterator[tuple[int, int, list[Fragment]]]:
+    """The messages of all ranks, as :func:`_pieces` cuts them: (rank, first element, its fragments)."""
     for rank, fragments in enumerate(everyone):
         for first in range(0, sum(each.numel for each in fragments), PIECE):
             yield rank, first, section(fragments, first, first + PIECE)

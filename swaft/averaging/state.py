@@ -29,7 +29,7 @@ from torch import Tensor
 from swaft import options
 from swaft.averaging.engines import Engine
 from swaft.averaging.layout import Fragment, Range, laid_out, section
-from swaft.errors import StateError
+from swaft.errors import StateError, first_few
 from swaft.storage import FileRecord, Spec, TensorFile, write_tensors
 from swaft.storage.files import standing
 from swaft.storage.sealed import MANIFEST, read_manifest
@@ -126,19 +126,19 @@ class AverageState:
                 f"{where} holds the rules {found}; this run averages by {wanted}. Set them as "
                 "they were (recipes: section averaging), or begin a new run"
             )
-        for field, setting, more in (
+        for field, mend in (
             (
                 "total_steps",
-                "the run's number of steps (train.max_steps, the Trainer's max_steps or epochs)",
-                " (rules other than Merge and Windows go on past it; if the run has, attach with first_step=0, "
-                "which the Trainer's callback cannot)",
+                "the run's number of steps (train.max_steps, the Trainer's max_steps or epochs) as it was (rules "
+                "other than Merge and Windows go on past it; if the run has, attach with first_step=0, which the "
+                "Trainer's callback cannot)",
             ),
-            ("precision", "averaging.precision", ""),
+            ("precision", "averaging.precision as it was"),
         ):
             if getattr(self, field) != getattr(expected, field):
                 raise StateError(
                     f"{where}: {field} is {getattr(self, field)!r} there and {getattr(expected, field)!r} in this "
-                    f"run; set {setting} as it was{more}, or begin a new run"
+                    f"run; set {mend}, or begin a new run"
                 )
         here = expected.parameters
         problems = [f"{name!r} is not in it" for name in here if name not in self.parameters]
@@ -151,8 +151,7 @@ class AverageState:
             if self.parameters.get(name, shape) != shape
         ]
         if problems:
-            more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
-            raise StateError(f"{where} is the average of another model: {'; '.join(problems[:3])}{more}")
+            raise StateError(f"{where} is the average of another model: {first_few(problems)}")
 
 
 def _checked(kind: type[Any], found: Any, where: Path) -> Any:

@@ -40,9 +40,9 @@ from typing import Any
 
 from swaft.cli import COUNT, CommandParser, reading
 from swaft.errors import ConfigError
+from swaft.sizes import parse_size
 from swaft.soup import Soup, average, average_greedily, last_checkpoints, score_by_command
-from swaft.soup.output import parse_size
-from swaft.soup.soup import GreedyChoice, command_words
+from swaft.soup.soup import SHARD_BYTES, GreedyChoice, command_words
 from swaft.storage.tensor_file import WRITTEN
 
 
@@ -150,5 +150,5 @@ def add_output_options(parser: CommandParser) -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--dtype", choices=tuple(WRITTEN), default="float32")
     size = reading(parse_size, "a size such as 500MB")
-    parser.add_argument("--max-shard-size", type=size, default=parse_size("5GB"))
+    parser.add_argument("--max-shard-size", type=size, default=SHARD_BYTES)
     parser.add_argument("--json", action="store_true")

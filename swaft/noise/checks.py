@@ -138,7 +138,9 @@ def check_one_mask(model: nn.Module) -> None:
     Raises:
         NoiseError: names a module with dropout.
     """
-    for name, rate in _dropout_rates(model):
+    found = next(_dropout_rates(model), None)
+    if found is not None:
+        name, rate = found
         raise NoiseError(
             f"passes='doubled' with masks='shared': {name} is {rate:g}, and one pass over the batch twice "
             "draws different masks for each half. Expected no dropout: set the model's dropout to 0, "

@@ -56,8 +56,10 @@ class Embedded:
         Args:
             real: which tokens to take, as in `root_mean_square`.
         """
-        rows, pair = _real_rows(self.clean, real), (self.clean, self.handed_on)
-        return noise_to_signal(*(pair if rows is None else (each * rows for each in pair)))
+        rows = _real_rows(self.clean, real)
+        if rows is None:
+            return noise_to_signal(self.clean, self.handed_on)
+        return noise_to_signal(self.clean * rows, self.handed_on * rows)
 
     def changed(self, real: Tensor | None = None) -> Tensor:
         """The share of the same tokens' entries that the noise changed: 0-dim, fp32, on its device."""

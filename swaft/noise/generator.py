@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from swaft.noise.loss.linear import has_triton
+from swaft.environment import has_triton
 from swaft.noise.loss.options import wide_dtype
 
 Noise = Literal["uniform", "normal"]

@@ -41,9 +41,9 @@ class Inputs:
             NoiseError: an argument does not have one row per row of the batch (images, several of a text).
         """
         rows = self.targets.shape[0]
-        for name in _of_other_rows(self.arguments, rows):
+        if others := _of_other_rows(self.arguments, rows):
             raise NoiseError(
-                f"{name} has shape {tuple(self.arguments[name].shape)} in a batch of {rows} rows, so "
+                f"{others[0]} has shape {tuple(self.arguments[others[0]].shape)} in a batch of {rows} rows, so "
                 "passes='doubled' cannot double it; expected one row per row. Set passes='two'."
             )
         return {
@@ -128,7 +128,8 @@ def count_items(targets: Tensor) -> Tensor:
 def count_rows(batch: dict[str, Any]) -> int:
     """Count the rows of a batch without labels by its first tensor, or else its first list; 1 if it has neither."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0]
-    return len(next(iter([*tensors, *(value for value in batch.values() if isinstance(value, list))]), (1,)))
+    lists = [value for value in batch.values() if isinstance(value, list)]
+    return next((len(value) for value in (*tensors, *lists)), 1)
 
 
 def mean_cross_entropy(logits: Tensor, inputs: Inputs, *, label_smoothing: float = 0.0) -> Tensor:

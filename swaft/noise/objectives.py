@@ -227,10 +227,9 @@ class TwoPasses(Resumable):
     def __post_init__(self) -> None:
         require(self)
         options = {name: getattr(self, name) for name in self._OPTIONS}
-        self._classifying, self._generating = (
-            resolve_settings(self.preset or self._PRESET, generates=generates, **options)
-            for generates in (False, True)
-        )
+        preset = self.preset or self._PRESET
+        self._classifying = resolve_settings(preset, generates=False, **options)
+        self._generating = resolve_settings(preset, generates=True, **options)
         self._proved = Proved()
         self._first_batches = FirstBatches()
 

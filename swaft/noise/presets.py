@@ -80,7 +80,8 @@ def resolve_settings(preset: Preset, *, generates: bool, **options: Any) -> Nois
         ConfigError: the values contradict each other.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    settings = replace(PRESETS[preset][generates], **given)
+    classifying, generating = PRESETS[preset]
+    settings = replace(generating if generates else classifying, **given)
     if settings.passes == "doubled" and settings.one_sided:
         raise ConfigError(
             "passes='doubled' with detach='noised': a noised pass without gradients must be a separate pass; "

@@ -200,15 +200,7 @@ def _clean_pass(
 
 
 def _check_output(output: Any, objective: str) -> None:
-    """Refuse an output without loss or logits, or whose loss has terms of a mixture of experts.
-
-    Args:
-        output: what the model returned for a batch with labels.
-        objective: the objective's name, for the message.
-
-    Raises:
-        NoiseError: names what was found.
-    """
+    """Refuse an output without loss or logits, or whose loss has terms of a mixture of experts."""
     if not isinstance(task_logits(output), Tensor) or part(output, "loss") is None:
         raise NoiseError(
             f"The model's output, {type(output).__name__}, lacks .loss or .logits (or the same as keys), which "
@@ -217,7 +209,9 @@ def _check_output(output: Any, objective: str) -> None:
             "which needs only the loss."
         )
     # Such a term may be too small compared to the cross entropy to show in the loss.
-    names = dict.fromkeys([*dir(output), *(output if isinstance(output, Mapping) else ())])
+    names = dict.fromkeys(dir(output))
+    if isinstance(output, Mapping):
+        names |= dict.fromkeys(output)
     terms = [name for name in names if name.endswith(_ROUTER_LOSSES) and part(output, name) is not None]
     if terms:
         raise router_terms(", ".join(terms), objective)

@@ -38,11 +38,11 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight: Tensor, *, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(stream_seed(seed, *weight.shape))
-        start = [
+        u, v = (
             F.normalize(torch.randn(n, generator=generator, device="cpu"), dim=0).to(weight)
             for n in weight.shape
-        ]
-        self._u, self._v = nn.Buffer(start[0]), nn.Buffer(start[1])
+        )
+        self._u, self._v = nn.Buffer(u), nn.Buffer(v)
         self._iterate(weight, _INITIAL_ITERATIONS)
 
     def forward(self, weight: Tensor) -> Tensor:

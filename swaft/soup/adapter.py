@@ -81,7 +81,8 @@ class AdapterMean(Mean):
     @property
     def truncation(self) -> float:
         """The error of the new factors due to their limited rank, relative to the mean update, over all layers."""
-        lost, whole = (math.hypot(*(norms[i] for norms in self._norms.values())) for i in (2, 0))
+        lost = math.hypot(*(norms.lost for norms in self._norms.values()))
+        whole = math.hypot(*(norms.whole for norms in self._norms.values()))
         return lost / whole if whole else 0.0
 
     def _factors(self, up: str, down: str) -> tuple[Tensor, Tensor]:
@@ -94,17 +95,16 @@ class AdapterMean(Mean):
                     f"{checkpoint.path}: {up!r} or {down!r} is not finite. Leave that checkpoint out"
                 )
             members.append((weight / total, b, a))
-        b, a, (whole, gap, lost) = refactor(members, self._specs[up].shape[1])
-        if (
-            gap == 0.0 and a.shape == members[0][2].shape
-        ):  # one of the two is equal in all adapters: the means are exact
+        b, a, norms = refactor(members, self._specs[up].shape[1])
+        # One of the two is equal in all adapters: the means are exact.
+        if norms.gap == 0.0 and a.shape == members[0][2].shape:
             b, a = (torch.stack([m[0] * m[i].double() for m in members]).sum(0) for i in (1, 2))
-            lost = 0.0
+            norms = norms._replace(lost=0.0)
         if not (b.isfinite().all() and a.isfinite().all()):
             raise StateError(
                 f"{up!r}: the mean update is more than float32 holds; leave out what has diverged"
             )
-        self._norms[up] = Norms(whole, gap, lost)
+        self._norms[up] = norms
         return b, a
 
     def _factor(self, checkpoint: SavedWeights, name: str) -> Tensor:
@@ -119,7 +119,8 @@ class AdapterMean(Mean):
             return
         if config.get("rank_pattern") or config.get("alpha_pattern"):
             raise StateError("--lora-rank: these adapters have ranks or alphas of their own for some layers")
-        if changes_base(beginning := config.get("init_lora_weights", True)):
+        beginning = config.get("init_lora_weights", True)
+        if changes_base(beginning):
             raise StateError(
                 f"--lora-rank: these adapters have init_lora_weights={beginning!r}, which changes the base model by"
                 " the rank whenever one is loaded; leave --lora-rank out"
@@ -140,10 +141,10 @@ def _pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
         for a, b in FACTORS:
             if name.endswith(b):
                 down = name.removesuffix(b) + a
-                ranks = specs[name].shape[1:2], specs[down].shape[:1] if down in specs else None
-                if ranks[0] != ranks[1]:
+                rank = specs[down].shape[:1] if down in specs else None
+                if specs[name].shape[1:2] != rank:
                     raise StateError(
-                        f"{name!r} of shape {list(specs[name].shape)} does not fit {down!r}: {ranks[1]}"
+                        f"{name!r} of shape {list(specs[name].shape)} does not fit {down!r}: {rank}"
                     )
                 yield name, down
 

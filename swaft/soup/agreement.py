@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from swaft.errors import StateError
+from swaft.errors import StateError, first_few
 from swaft.soup.checkpoint import SavedWeights
 from swaft.soup.huggingface import ADAPTER_CONFIG, CONFIG, read_json
 from swaft.soup.mean import AVERAGED, SLICE
@@ -21,13 +21,8 @@ from swaft.storage.strict_json import shown
 STRUCTURE = ("architectures", "model_type")
 """Fields of a configuration that identify the model."""
 COMPUTED = (
-    *(
-        "hidden_act",
-        "activation_function",
-        "hidden_activation",
-        "feed_forward_proj",
-        "position_embedding_type",
-    ),
+    *("hidden_act", "activation_function", "hidden_activation", "feed_forward_proj"),
+    "position_embedding_type",
     *("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "head_dim"),
     *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps"),
     *("rope_theta", "rope_scaling", "rope_parameters"),
@@ -44,6 +39,19 @@ NOTED = ("lora_dropout",)
 """Settings that only affect an adapter's training; differences are noted."""
 PASSING_IN_ADAPTERS = ("inference_mode", "peft_version", "auto_mapping")
 """Settings that do not affect the meaning of the factors."""
+OFF_IN_ADAPTERS = {
+    "ensure_weight_tying": False,
+    "lora_bias": False,
+    "use_qalora": False,
+    "use_dora": False,
+    "use_rslora": False,
+    "qalora_group_size": 16,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+"""Values that peft writes for options that are off, and that older versions left out."""
+Settings = tuple[Path, Mapping[str, Any]]
+"""A folder, and the settings in one of its files."""
 
 ADAPTER_PARTS = re.compile(
     r"\.modules_to_save\.default\b|(?<=\.lora_magnitude_vector)\.default\.weight$|\.default(?=(\.\w+)?$)"
@@ -80,10 +88,8 @@ def require_same_model(checkpoints: Sequence[SavedWeights]) -> list[str]:
             notes += _compare_adapters(first.path, other.path)
         _require_same_tokens(first.files, other.files)
         if problems := list(differences(first.specs, other.specs)):
-            more = f", and {len(problems) - 3} more like these" if len(problems) > 3 else ""
             raise StateError(
-                f"{other.path} (the second) is another model than {first.path} (the first): "
-                f"{'; '.join(problems[:3])}{more}"
+                f"{other.path} (the second) is another model than {first.path} (the first): {first_few(problems)}"
             )
     return notes
 
@@ -123,25 +129,13 @@ def compare_configs(first: Path | None, other: Path | None) -> list[str]:
     return notes
 
 
-OFF_IN_ADAPTERS = {
-    **dict.fromkeys(("ensure_weight_tying", "lora_bias", "use_qalora", "use_dora", "use_rslora"), False),
-    "qalora_group_size": 16, "rank_pattern": {}, "alpha_pattern": {},
-}  # fmt: skip
-"""Values that peft writes for options that are off, and that older versions left out."""
-
-
 def _compare_adapters(first: Path, other: Path) -> list[str]:
     """As :func:`compare_configs`, for two adapters; one that names no base may have any."""
-    one, two = (  # peft writes sets as lists in any order
-        {
-            k: sorted(v, key=repr) if isinstance(v, list) else v
-            for k, v in (OFF_IN_ADAPTERS | read_json(each / ADAPTER_CONFIG)).items()
-        }
-        for each in (first, other)
-    )
-    for key, default in BASE.items() if all(each.get(next(iter(BASE))) for each in (one, two)) else ():
+    one, two = _adapter_settings(first), _adapter_settings(other)
+    both_name_a_base = all(each.get("base_model_name_or_path") for each in (one, two))
+    for key, default in BASE.items():
         expected, found = (each.get(key) or default for each in (one, two))
-        if found != expected:
+        if both_name_a_base and found != expected:
             raise StateError(
                 f"{other} is an adapter of another base model than {first}: {key} is {shown(found)}, expected "
                 f"{shown(expected)}. If both are the same weights, make it equal in {other / ADAPTER_CONFIG}"
@@ -150,8 +144,12 @@ def _compare_adapters(first: Path, other: Path) -> list[str]:
     return _differing(ADAPTER_CONFIG, (first, one), (other, two), passing, lambda key: key not in NOTED)
 
 
-Settings = tuple[Path, Mapping[str, Any]]
-"""A folder, and the settings in one of its files."""
+def _adapter_settings(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter, those left out included; lists are sorted, as peft writes sets in any order."""
+    found = OFF_IN_ADAPTERS | read_json(folder / ADAPTER_CONFIG)
+    return {
+        key: sorted(value, key=repr) if isinstance(value, list) else value for key, value in found.items()
+    }
 
 
 def _differing(
@@ -195,8 +193,10 @@ def _tokens(path: Path) -> dict[int, str]:
     if isinstance(found, list):
         found = {each[0]: number for number, each in enumerate(found) if isinstance(each, list) and each}
     tokens = {number: token for token, number in found.items()} if isinstance(found, dict) else {}
-    more = [each for each in (added if isinstance(added, list) else ()) if isinstance(each, dict)]
-    return tokens | {each["id"]: each["content"] for each in more if {"id", "content"} <= each.keys()}
+    for each in added if isinstance(added, list) else []:
+        if isinstance(each, dict) and {"id", "content"} <= each.keys():
+            tokens[each["id"]] = each["content"]
+    return tokens
 
 
 def _kind(spec: Spec) -> tuple[bool, bool]:

@@ -60,7 +60,8 @@ def open_checkpoint(
         _hold_to_run(path)
         return open_average(path, manifest, rule=rule)
     is_run = manifest is not None and manifest.kind == RUN
-    for engine in (path / ENGINE, path) if is_run else (path,):
+    engines = [path / ENGINE, path] if is_run else [path]
+    for engine in engines:
         tag = find_tag(engine)
         if tag is None and (engine == path or not (engine / METADATA).exists()):
             continue

@@ -154,17 +154,8 @@ def _refuse_infinite(
     """Refuse elements that are not finite, except those of a mask; each element is judged separately.
 
     An element of a mask is the same infinity in all members. A single member has no others to compare with: there,
-    a mask is a slice that contains only 0 and minus infinity.
-
-    Args:
-        name: of the tensor.
-        members: that hold it.
-        span: first element of the slice, and one past its last.
-        total: (n,), float64, their mean.
-        copied: whether it comes from the base, which is not averaged and may hold any infinity.
-
-    Raises:
-        StateError: names the checkpoint and the element.
+    a mask is a slice that contains only 0 and minus infinity. One that is ``copied`` from the base, which is not
+    averaged, may hold any infinity. ``total`` is the mean of the slice.
     """
     first = members[0][1].read(name, *span)
     masked = first.isinf()
@@ -201,4 +192,6 @@ def _equal(name: str, members: Sequence[Weighted], span: tuple[int, int]) -> Ten
 
 
 def _ratio(lost: float, whole: float) -> float:
-    return math.sqrt(lost / whole) if whole else (0.0 if lost == 0.0 else math.inf)
+    if lost == 0.0:
+        return 0.0
+    return math.sqrt(lost / whole) if whole else math.inf

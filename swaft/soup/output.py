@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swaft.errors import ConfigError, StateError
+from swaft.errors import ConfigError, StateError, one_line
 from swaft.soup.huggingface import ADAPTER_CONFIG, CONFIG, read_json
 from swaft.storage import (
     FileRecord,
@@ -25,10 +24,10 @@ from swaft.storage import (
     write_tensors,
 )
 from swaft.storage.files import explained, is_free, open_regular
-from swaft.storage.model_card import CARD, in_one_line, write_card
+from swaft.storage.model_card import CARD, write_card
+from swaft.storage.tensor_file import name_of
 
 Shard = dict[str, Spec]
-
 
 WEIGHTS = (
     ".safetensors",
@@ -72,7 +71,7 @@ def refuse_modules(source: Path) -> None:
     """
     with explained(source, "looked into"):
         listed = (source / MODULES).read_text(errors="replace") if (source / MODULES).exists() else ""
-        for path in sorted(source.iterdir()) if listed else ():
+        for path in sorted(source.iterdir()):
             if f'"{path.name}"' in listed and (held := _first_weights(path)):
                 raise StateError(
                     f"{path} holds weights of its own ({held}), which are not averaged, and {MODULES} lists it as "
@@ -120,8 +119,10 @@ def write_weights(
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         specs = [spec for shard in shards for spec in shard.values()]
-        total = {"total_size": sum(spec.nbytes for spec in specs)}
-        total["total_parameters"] = sum(spec.numel for spec in specs)
+        total = {
+            "total_size": sum(spec.nbytes for spec in specs),
+            "total_parameters": sum(spec.numel for spec in specs),
+        }
         write_json(folder / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
     return records
 
@@ -202,7 +203,7 @@ def describe(folder: Path, title: str, shares: Sequence[tuple[str, float]], dtyp
     body = [
         f"This folder holds {what}, in {dtype}, written by swaft:",
         "",
-        *(f"* {share:.6g} of `{in_one_line(name)}`" for name, share in shares),
+        *(f"* {share:.6g} of `{one_line(name)}`" for name, share in shares),
         "",
         f"SHA-256 of the weights: `{sha256}` (`average.json` says more).",
     ]
@@ -216,26 +217,12 @@ def set_config_dtype(folder: Path, dtype: torch.dtype) -> None:
     """Write the dtype of the weights into `config.json`, if there is one, and into its nested configurations."""
     if (folder / CONFIG).exists():
         config = read_json(folder / CONFIG) | {"dtype": None}
-        write_json(folder / CONFIG, _with_dtype(config, str(dtype).removeprefix("torch.")))
+        write_json(folder / CONFIG, _with_dtype(config, name_of(dtype)))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, keys sorted."""
     write_durably(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size like `5GB`, `500MB` or `2GiB`, as the hub writes them.
-
-    Raises:
-        ValueError: it is not a size.
-    """
-    units = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3}
-    unit = next((unit for unit in units if text.upper().endswith(unit)), "")
-    size = float(text[: len(text) - len(unit)]) * units.get(unit, 1)
-    if not (math.isfinite(size) and size >= 1):
-        raise ValueError(text)
-    return int(size)
 
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -48,10 +48,12 @@ from swaft.soup.output import (
 )
 from swaft.storage import FileRecord
 from swaft.storage.files import new_folder, place_beside
-from swaft.storage.tensor_file import dtype_of_weights
+from swaft.storage.tensor_file import dtype_of_weights, name_of
 
 FOLDER = "{folder}"
 """The placeholder for the folder in an evaluation command."""
+SHARD_BYTES = 5 * 10**9
+"""Default maximum size of one file of weights."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def average(
     *,
     weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "float32",
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = SHARD_BYTES,
     base: str | PathLike[str] | None = None,
     lora_rank: int | None = None,
     rule: str | None = None,
@@ -155,7 +157,7 @@ def average(
             output=output,
             sha256=fingerprint(records),
             shares=[(str(path), share) for path, (_, share) in zip(paths, found.shares, strict=True)],
-            dtype=str(found.dtype).removeprefix("torch."),
+            dtype=name_of(found.dtype),
             tensors=len(mean.specs),
             elements=sum(spec.numel for spec in mean.specs.values()),
             files=records,
@@ -330,7 +332,7 @@ def _opened(
     *,
     weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "float32",
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = SHARD_BYTES,
     base: str | PathLike[str] | None = None,
     lora_rank: int | None = None,
     rule: str | None = None,
@@ -356,14 +358,14 @@ def _opened(
         whole = None if base is None else stack.enter_context(open_folder(Path(base)))
         members, whole = without_tied(members, whole)
         notes = require_same_model(members)
-        is_copied = len(members) == 1 and lora_rank is None
         files = _files(members[0], whole)
         refuse_modules(files)
         if whole is not None:
             notes += compare_configs(whole.files, members[0].files)
             members = fit_to_base(members, whole)
         weighted = list(zip(weights, members, strict=True))
-        if members[0].is_adapter and not is_copied:  # a single one is copied, of any method of peft
+        # A single adapter is copied, of any method of peft.
+        if members[0].is_adapter and (len(members) > 1 or lora_rank is not None):
             mean = AdapterMean(weighted, dtype, whole, rank=lora_rank)
         elif lora_rank is not None:
             raise ConfigError(f"lora_rank is set, and {paths[0]} is no LoRA adapter")

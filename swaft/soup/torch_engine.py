@@ -137,9 +137,8 @@ def _chunks(
     for chunk in sorted(stored.chunks, key=lambda each: tuple(each.offsets)):
         if not math.prod(chunk.sizes):  # from a rank without rows of it
             continue
-        if tuple(chunk.offsets) != (row, *[0] * (len(stored.size) - 1))[: len(stored.size)] or (
-            chunk.sizes[1:] != stored.size[1:]
-        ):
+        expected = (row, *[0] * (len(stored.size) - 1))[: len(stored.size)]  # () in a tensor of one number
+        if tuple(chunk.offsets) != expected or chunk.sizes[1:] != stored.size[1:]:
             raise ValueError(f"{key!r} is stored in pieces that are not consecutive rows")
         row += chunk.sizes[0] if chunk.sizes else 1
         where: Any = metadata.storage_data[MetadataIndex(key, chunk.offsets)]

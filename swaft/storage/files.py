@@ -69,15 +69,15 @@ def require_regular(path: str | PathLike[str]) -> int:
     Raises:
         StateError: it is missing or not a regular file.
     """
-    return _require(path, status(path), "a regular file").st_size
+    return _require(path, "a regular file").st_size
 
 
 def require_folder(path: str | PathLike[str]) -> None:
     """Raise a `StateError` unless a path is a folder; a link to a folder is refused, too."""
-    _require(path, status(path), "a folder")
+    _require(path, "a folder")
 
 
-def _require(path: str | PathLike[str], facts: os.stat_result | None, kind: str) -> os.stat_result:
+def _require(path: str | PathLike[str], kind: str) -> os.stat_result:
     kinds = {
         stat.S_ISREG: "a regular file",
         stat.S_ISLNK: "a symbolic link",
@@ -85,9 +85,11 @@ def _require(path: str | PathLike[str], facts: os.stat_result | None, kind: str)
         stat.S_ISFIFO: "a pipe",
         stat.S_ISSOCK: "a socket",
     }
-    mode = None if facts is None else facts.st_mode
-    found = "missing" if mode is None else next((kinds[test] for test in kinds if test(mode)), "a device")
-    if facts is None or found != kind:
+    facts = status(path)
+    if facts is None:
+        raise StateError(f"{path} is missing; expected {kind}")
+    found = next((kinds[test] for test in kinds if test(facts.st_mode)), "a device")
+    if found != kind:
         raise StateError(f"{path} is {found.replace('regular ', '')}; expected {kind}")
     return facts
 
@@ -152,7 +154,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         StateError: the name is taken at the end, or the folder could not be created or renamed.
     """
-    empty = path.exists()
+    existed = path.exists()
     with place_beside(path) as place:
         unfinished = place / path.name
         with explained(unfinished, "made"):
@@ -160,20 +162,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield unfinished
         with suppress(OSError):  # some file systems have no modes
             readable = unfinished.stat().st_mode & 0o666
-            for tensors in unfinished.rglob(
-                "*.safetensors"
-            ):  # safetensors itself lets only their owner read them
+            # safetensors itself lets only their owner read them.
+            for tensors in unfinished.rglob("*.safetensors"):
                 tensors.chmod(readable)
         sync_tree(unfinished)
         if not is_free(path):
             raise StateError(f"{path} is there already; nothing was changed in it")
         with explained(path, "named"):
-            if not empty:
+            if not existed:
                 path.mkdir()  # fails if somebody else has taken the name meanwhile
             try:
                 os.rename(unfinished, path)  # replaces an empty folder, otherwise fails
             except BaseException:
-                if not empty:
+                if not existed:
                     with suppress(OSError):
                         path.rmdir()
                 raise

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from swaft.errors import one_line
 from swaft.storage.files import write_durably
 
 CARD = "README.md"
@@ -31,7 +32,7 @@ def write_card(
     head = ["---", f"library_name: {library}", "tags:", "- swaft"]
     if is_hub_name(base_model):
         head.append(f"base_model: {json.dumps(base_model)}")
-    lines = [*head, "---", "", f"# {in_one_line(title)}", "", *body, ""]
+    lines = [*head, "---", "", f"# {one_line(title)}", "", *body, ""]
     write_durably(folder / CARD, "\n".join(lines).encode(errors="replace"))
 
 
@@ -40,8 +41,3 @@ def is_hub_name(name: Any) -> bool:
     if not isinstance(name, str) or not name or name[0] in "/.~":
         return False
     return name.count("/") <= 1 and not os.path.exists(name)
-
-
-def in_one_line(text: str) -> str:
-    """The text without line breaks, which would break its line of Markdown."""
-    return " ".join(text.split())

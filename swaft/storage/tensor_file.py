@@ -46,8 +46,6 @@ DTYPES = {
 }
 """The format's names of dtypes."""
 METADATA = "__metadata__"
-
-
 WRITTEN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes that weights can be written in, by the names that users pass."""
 
@@ -58,12 +56,17 @@ def dtype_of_weights(dtype: str | torch.dtype) -> torch.dtype:
     Raises:
         ConfigError: it is not one of WRITTEN.
     """
-    found = WRITTEN.get(str(dtype).removeprefix("torch."))
+    found = WRITTEN.get(name_of(dtype))
     if found is None:
         raise ConfigError(
             f"dtype is {dtype!r}, expected one of {', '.join(WRITTEN)}, or the torch dtype of that name"
         )
     return found
+
+
+def name_of(dtype: str | torch.dtype) -> str:
+    """The name that a dtype has in configurations: ``"bfloat16"``, also for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

@@ -88,17 +88,18 @@ def write_together(
                 )
             with explained(folder, "made"):
                 folder.mkdir(parents=True, exist_ok=True)
+    fault = f"{final} could not be written"
+    records: Mapping[str, FileRecord] = {}
     try:
-        records: Mapping[str, FileRecord] = {}
-        with ranks.together(f"{final} could not be written"):
+        with ranks.together(fault):
             if not folder.is_dir():  # found out by all ranks before one of them waits inside `write`
                 raise StateError(
                     "it is not on this machine; name a folder on a file system that all machines share"
                 )
-        with ranks.together(f"{final} could not be written"):
+        with ranks.together(fault):
             records = write(folder)
         written = ranks.gather(records)
-        with ranks.together(f"{final} could not be written"):
+        with ranks.together(fault):
             if ranks.is_main:
                 files = {name: record for each in written for name, record in each.items()}
                 inner = sorted(mark.parent for mark in folder.glob(f"*/{COMPLETE}"))

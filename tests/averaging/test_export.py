@@ -25,8 +25,7 @@ from transformers import (
 )
 
 from swaft.averaging import attach_engine, export, save_pretrained
-from swaft.averaging.lora import scatter_trained
-from swaft.averaging.shards import Scratch, gather_trained
+from swaft.averaging.shards import Scratch, gather_trained, scatter_trained
 from swaft.errors import AveragingError, ConfigError, StateError
 
 pytestmark = pytest.mark.unit

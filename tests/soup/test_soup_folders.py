@@ -11,9 +11,10 @@ from soup_folders import CONFIG, bert, folder_of, folders, golden, loaded, rando
 from transformers import BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from swaft.errors import StateError
+from swaft.sizes import parse_size
 from swaft.soup import average, average_greedily, last_checkpoints, open_checkpoint
 from swaft.soup.mean import Mean
-from swaft.soup.output import parse_size, plan_shards
+from swaft.soup.output import plan_shards
 from swaft.storage import hash_file
 
 pytestmark = pytest.mark.unit

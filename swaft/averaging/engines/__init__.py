@@ -85,8 +85,13 @@ def _attach_torch(model: nn.Module, optimizers: Sequence[Any]) -> Engine:
         parameters = optimized(module, optimizers)
         for name, parameter in parameters.items():
             refuse_layout(name, parameter)
-        each = [[parameter] for parameter in parameters.values()]
-        return FSDP2Engine("fsdp2", module, optimizers, parameters=each, steps_seen=StepCounter(*optimizers))
+        return FSDP2Engine(
+            "fsdp2",
+            module,
+            optimizers,
+            parameters=[[parameter] for parameter in parameters.values()],
+            steps_seen=StepCounter(*optimizers),
+        )
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
         raise UnsupportedEngineError(
             "the parameters are DTensors, but not by `fully_shard`: tensor parallelism, which this version does "

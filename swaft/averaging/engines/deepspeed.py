@@ -21,7 +21,9 @@ from swaft.averaging.layout import Fragment
 from swaft.errors import UnsupportedEngineError
 
 DEEPSPEED_CALLS = (
-    *("save_checkpoint", "load_checkpoint", "save_16bit_model"),
+    "save_checkpoint",
+    "load_checkpoint",
+    "save_16bit_model",
     "_zero3_consolidated_16bit_state_dict",  # which accelerate calls
 )
 """Methods of a DeepSpeed engine that hand out or replace weights."""
@@ -115,10 +117,8 @@ class Zero12Engine(ZeroEngine):
             groups = zero.bf16_groups
             offsets = [[0, *accumulate(p.numel() for p in group)][:-1] for group in groups]
         else:
-            name, self._flat = (
-                f"deepspeed-zero{deepspeed_engine.zero_optimization_stage()}",
-                "bit16_groups_flat",
-            )
+            stage = deepspeed_engine.zero_optimization_stage()
+            name, self._flat = f"deepspeed-zero{stage}", "bit16_groups_flat"
             masters, working = "single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups"
             groups, offsets = zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets
         super().__init__(name, deepspeed_engine, masters=masters, working=working)

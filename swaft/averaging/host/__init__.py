@@ -54,14 +54,15 @@ class Forecast:
     """Seconds of arithmetic per event, at the speed measured now. Shorter training steps have to wait for it."""
 
     def __str__(self) -> str:
-        sizes = (
-            f"{count / 2**20:,.1f} MiB"
-            for count in (self.host_bytes, self.swap_bytes, self.pinned_bytes, self.copied_bytes)
-        )
+        def mib(count: int) -> str:
+            return f"{count / 2**20:,.1f} MiB"
+
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         lines = [
             f"{self.events:,} events, {self.elements:,} elements on this rank",
-            "host memory {}, {} more in a swap or an export, pinned {}, copied {} per event".format(*sizes),
-            f"{self.seconds:.3g} s of arithmetic per event on {self.threads} thread{'s' * (self.threads > 1)}, "
+            f"host memory {mib(self.host_bytes)}, {mib(self.swap_bytes)} more in a swap or an export, "
+            f"pinned {mib(self.pinned_bytes)}, copied {mib(self.copied_bytes)} per event",
+            f"{self.seconds:.3g} s of arithmetic per event on {threads}, "
             "in the background; a shorter training step waits for it",
         ]
         return "\n".join(lines)

@@ -77,10 +77,11 @@ class Lanes:
 
     def take(self, updates: Iterable[Update], tables: Sequence[Table]) -> None:
         """Move the lanes by the member's elements that the tables list, one table per thread."""
-        for update in (each for each in updates if each.source is None):
-            lane = self._lanes[update.lane]
-            vectors = lane.mean.numpy(), bits(lane.compensation)
-            self._workers.run(native.update, [(*table, *vectors, update.weight) for table in tables])
+        for update in updates:
+            if update.source is None:
+                lane = self._lanes[update.lane]
+                vectors = lane.mean.numpy(), bits(lane.compensation)
+                self._workers.run(native.update, [(*table, *vectors, update.weight) for table in tables])
 
     def end(self, updates: Iterable[Update]) -> None:
         """Close the member: copy between lanes, and move finished lanes to disk."""

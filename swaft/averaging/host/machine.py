@@ -169,8 +169,10 @@ def require_host_memory(ranks: Ranks, needed: int) -> None:
 
 def _cgroup_rooms() -> list[int]:
     """What every control group above this process leaves: its limit minus its use, not counting page cache."""
-    rooms = []
-    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else ():
+    rooms: list[int] = []
+    if not OWN_GROUPS.exists():
+        return rooms
+    for line in OWN_GROUPS.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2
             root, limit_name, use_name = CGROUP, "memory.max", "memory.current"

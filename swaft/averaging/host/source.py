@@ -188,13 +188,13 @@ class StagedSource:
             self._masters, self._views = None, []
 
     def _copy(self, i: int) -> None:
-        views = self._views[i]
-        block = self._blocks[i % len(self._blocks)]
-        targets = list(block[: numel_of(self._chunks[i])].split([view.numel() for view in views]))
+        views, slot = self._views[i], i % len(self._blocks)
+        block = self._blocks[slot][: numel_of(self._chunks[i])]
+        targets = list(block.split([view.numel() for view in views]))
         with self._api.stream(self._stream), torch.no_grad():
             torch._foreach_copy_(targets, views, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
-            self._copied[i % len(self._blocks)].record(self._stream)
-        self._last_copy = self._copied[i % len(self._blocks)]
+            self._copied[slot].record(self._stream)
+        self._last_copy = self._copied[slot]
 
 
 Source = HostSource | StagedSource

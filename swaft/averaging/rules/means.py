@@ -42,7 +42,7 @@ class SWA:
 
     def plan(self, total_steps: int) -> SettledPlan:
         """The events of a run, see `Rule.plan`."""
-        steps = spaced(self, total_steps, skipped=not self.include_start)
+        steps = spaced(self, total_steps, skipped=0 if self.include_start else 1)
         return SettledPlan(**steps, moves=one_mean(lambda n: 1.0 / (n + 1)))
 
 
@@ -244,9 +244,9 @@ class BEMA:
             return self.lag + self.multiplier * (steps["first_step"] + n * self.every)
 
         def moves(n: int) -> tuple[Update, ...]:
-            begun = () if n else (Update(first, 1.0),)
-            beta = age(n) ** -self.ema_power if n else 1.0
-            return (Update(mean, beta), *begun, Update(latest, 1.0))
+            if n == 0:
+                return (Update(mean, 1.0), Update(first, 1.0), Update(latest, 1.0))
+            return (Update(mean, age(n) ** -self.ema_power), Update(latest, 1.0))
 
         def average(members: int) -> dict[int, float]:
             alpha = age(members - 1) ** -self.bias_power

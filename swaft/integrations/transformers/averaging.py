@@ -87,28 +87,8 @@ class WeightAveragingCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the prepared model, and resume from the checkpoint that the Trainer resumes from."""
         self._trainer, resumed_from = calling_trainer()
-        require_told_of_checkpoints(args)
-        if len(those_of_kind(self._trainer, WeightAveragingCallback)) > 1:
-            raise ConfigError(
-                "the Trainer has WeightAveragingCallback twice; expected one: give it several rules by name, "
-                'WeightAveragingCallback({"swa": swaft.SWA(), "ema": swaft.EMA()})'
-            )
-        if self._trainer.hp_search_backend is not None:
-            raise ConfigError(
-                "hyperparameter_search starts many runs in one Trainer, each in a folder of its own; expected "
-                "train(). Leave WeightAveragingCallback out of the search, and train with it afterwards"
-            )
-        if args.load_best_model_at_end and args.save_only_model:
-            raise ConfigError(
-                "load_best_model_at_end with save_only_model: checkpoints hold no averages, so the average of the "
-                "best one would be lost; set save_only_model=False, or load_best_model_at_end=False"
-            )
         self._export = Path(args.output_dir) / EXPORT
-        if self._export.exists():
-            raise ConfigError(
-                f"{self._export} exists, and the averaged model of this run would be written there; move it away, "
-                "or set another output_dir"
-            )
+        self._refuse_settings(args)
         if args.save_strategy != "no" and not args.save_only_model:
             _require_shared_output(Path(args.output_dir))
         if self.averager is not None:
@@ -138,6 +118,30 @@ class WeightAveragingCallback(TrainerCallback):
         # Callbacks that read scores (early stopping) must come after this one, which adds the averaged scores.
         callbacks = self._trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+
+    def _refuse_settings(self, args: Any) -> None:
+        """Refuse a Trainer in which averages would be lost, or computed twice."""
+        require_told_of_checkpoints(args)
+        if len(those_of_kind(self._trainer, WeightAveragingCallback)) > 1:
+            raise ConfigError(
+                "the Trainer has WeightAveragingCallback twice; expected one: give it several rules by name, "
+                'WeightAveragingCallback({"swa": swaft.SWA(), "ema": swaft.EMA()})'
+            )
+        if self._trainer.hp_search_backend is not None:
+            raise ConfigError(
+                "hyperparameter_search starts many runs in one Trainer, each in a folder of its own; expected "
+                "train(). Leave WeightAveragingCallback out of the search, and train with it afterwards"
+            )
+        if args.load_best_model_at_end and args.save_only_model:
+            raise ConfigError(
+                "load_best_model_at_end with save_only_model: checkpoints hold no averages, so the average of the "
+                "best one would be lost; set save_only_model=False, or load_best_model_at_end=False"
+            )
+        if self._export.exists():
+            raise ConfigError(
+                f"{self._export} exists, and the averaged model of this run would be written there; move it away, "
+                "or set another output_dir"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the weights in, if the rule uses this step."""
@@ -184,8 +188,9 @@ class WeightAveragingCallback(TrainerCallback):
         if not held.rules[0].count:
             logger.warning(
                 "%s, the best checkpoint, was written before averaging began: %s holds the average of the whole "
-                "run", checkpoint, self._export,
-            )  # fmt: skip
+                "run",
+                *(checkpoint, self._export),
+            )
             return f" (of the whole run; {checkpoint.name}, the best, was written before averaging began)"
         self._attached.load_state(averages)
         if self._attached.num_averaged == 1:

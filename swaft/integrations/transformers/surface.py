@@ -52,9 +52,8 @@ def write_surface(trainer: Trainer, *, rows: int = 256, eval_dataset: Any = None
         return (scored.metrics or {})["surface_loss"]
 
     handler: Any = trainer.callback_handler
-    handler.on_prediction_step = lambda args, state, control: (
-        control
-    )  # one bar for all points, not one per point
+    # One bar for all points, not one per point.
+    handler.on_prediction_step = lambda args, state, control: control
     try:
         found = loss_surface(model, averaged, loss)
     finally:

@@ -17,31 +17,17 @@ the memory for gradients. Every chunk reads and writes the whole of dW, so fewer
 
 from __future__ import annotations
 
-import logging
-import os
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
-from shutil import which
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from swaft.environment import has_triton
 from swaft.noise.loss import rows as torch_rows
 from swaft.noise.loss.options import LossOptions, wide_dtype
-from swaft.noise.loss.rows import (
-    RowGradients,
-    RowInputs,
-    RowStatistics,
-    empty_rows,
-    task_rows,
-)
-
-logger = logging.getLogger(__name__)
+from swaft.noise.loss.rows import RowGradients, RowInputs, RowStatistics, empty_rows, task_rows
 
 _CPU_CHUNK_BYTES = 96 * 2**20
 """Memory of a chunk on a CPU: 256 rows at 32k classes in fp32, enough for the products to run at full speed."""
@@ -72,24 +58,6 @@ def row_kernel(device: torch.device, dtype: torch.dtype) -> RowKernel:
 
         return triton_rows
     return torch_rows.rows
-
-
-@cache
-def has_triton() -> bool:
-    """Whether GPU kernels can be compiled here; without Triton, plain operations give the same.
-
-    Triton also compiles code for the host, which needs a C compiler and Python's headers.
-    """
-    if find_spec("triton") is None:
-        return False
-    compiler = any(map(which, filter(None, (os.environ.get("CC"), "gcc", "clang"))))
-    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    if not (compiler and headers):
-        what = "Python's headers (python3-dev)" if compiler else "a C compiler (gcc, or one that CC names)"
-        logger.warning(
-            "noise and losses are computed by plain operations, which is slower: Triton needs %s", what
-        )
-    return compiler and headers
 
 
 class Needs(NamedTuple):
@@ -212,7 +180,7 @@ class _Arithmetic:
     def round_(self, slab: Tensor) -> None:
         """Round gradients that the row kernel has left in a wider dtype than the products should use."""
         if slab.dtype != self.gradient:
-            for block in slab.split(max(1, _ROWS_MULTIPLE // 16)):
+            for block in slab.split(_ROWS_MULTIPLE // 16):
                 block.copy_(block.to(self.gradient))
 
 
@@ -245,10 +213,8 @@ class _Buffers:
         if parts:
             left -= self.product_rows * products
             self.rows = fitting(gradients, self.product_rows)
-        self._products, self._gradients = (
-            empty_rows(rows, classes, dtype=dtype, device=weight.device)
-            for rows, dtype in ((2 * self.product_rows, wide), (parts * self.rows, dtype))
-        )
+        self._products = empty_rows(2 * self.product_rows, classes, dtype=wide, device=weight.device)
+        self._gradients = empty_rows(parts * self.rows, classes, dtype=dtype, device=weight.device)
 
     def products(self, rows: int) -> Tensor:
         """The memory for the products of ``rows`` rows (2R, V)."""
@@ -287,10 +253,9 @@ class _Chunks:
             return torch.zeros(like.shape if needed else (0,), dtype=dtype, device=device)
 
         self.statistics = torch.zeros(4, count, dtype=wide, device=device)
-        self.hidden, self.noised_hidden = (
-            zeros(like, needed, stored_dtype(like.dtype))
-            for like, needed in ((inputs.hidden, needs.hidden), (inputs.noised_hidden, needs.noised_hidden))
-        )
+        hidden, noised_hidden = inputs.hidden, inputs.noised_hidden
+        self.hidden = zeros(hidden, needs.hidden, stored_dtype(hidden.dtype))
+        self.noised_hidden = zeros(noised_hidden, needs.noised_hidden, stored_dtype(noised_hidden.dtype))
         self.weight = torch.empty(inputs.weight.shape if needs.weight else (0,), dtype=wide, device=device)
         self.bias = zeros(inputs.weight[:, 0], needs.bias, wide)
 
@@ -350,11 +315,8 @@ class _Chunks:
         hidden, given = hidden.to(arithmetic.given), arithmetic.given
         split = torch.stack([arithmetic.operand(each, arithmetic.gradient) for each in (noise, hidden)])
         if self.options.form == "direct":
-            return (
-                torch.stack([arithmetic.operand(each, given) for each in (noised_hidden, hidden)]),
-                split,
-                None,
-            )
+            whole = torch.stack([arithmetic.operand(each, given) for each in (noised_hidden, hidden)])
+            return whole, split, None
         if not arithmetic.narrow or given == arithmetic.gradient:
             return split, split, None
         exponent = torch.frexp(noise.float().abs().amax(-1, keepdim=True)).exponent
@@ -366,18 +328,15 @@ class _Chunks:
     ) -> None:
         """Propagate a chunk's gradients to hidden states, weight and bias."""
         rows, arithmetic, moves = split_operands.shape[1], self.arithmetic, self.options.noised_moves
-        wanted = (
-            (self.hidden, self.needs.hidden),
-            (self.noised_hidden, self.needs.noised_hidden and moves),
-        )
-        begin, end = (0 if wanted[0][1] else rows), (2 * rows if wanted[1][1] else rows)
+        clean, noised = self.needs.hidden, self.needs.noised_hidden and moves
+        begin, end = (0 if clean else rows), (2 * rows if noised else rows)
         if begin < end:
             products = torch.empty(end - begin, weight.shape[1], dtype=arithmetic.wide, device=weight.device)
             arithmetic.product(slab[begin:end], weight, out=products).mul_(self.factor)
-            pieces = iter(products.split(rows))
-            for target, needed in wanted:
-                if needed:
-                    target[chosen] = next(pieces).to(target.dtype)
+            if clean:
+                self.hidden[chosen] = products[:rows].to(self.hidden.dtype)
+            if noised:
+                self.noised_hidden[chosen] = products[-rows:].to(self.noised_hidden.dtype)
         if self.needs.weight:
             operands = split_operands.flatten(0, 1) if moves else split_operands[1]
             arithmetic.add_product_(self.weight, slab[-2 * rows :].mT, operands, first=first)
@@ -389,12 +348,13 @@ class _Chunks:
         inputs, statistics = self.inputs, RowStatistics(*self.statistics)
         task = inputs.ce_weight * task_rows(statistics, self.options)
         loss = self.factor * (task + inputs.kl_weight * statistics.divergence).sum()
-        weight, bias = (
-            sums.mul_(self.factor)
-            if like is None or stored_dtype(like.dtype) == sums.dtype
-            else times(sums, self.factor, stored_dtype(like.dtype))
-            for sums, like in ((self.weight, inputs.weight), (self.bias, inputs.bias))
-        )
+
+        def scaled(sums: Tensor, like: Tensor | None) -> Tensor:
+            if like is None or stored_dtype(like.dtype) == sums.dtype:
+                return sums.mul_(self.factor)
+            return times(sums, self.factor, stored_dtype(like.dtype))
+
+        weight, bias = scaled(self.weight, inputs.weight), scaled(self.bias, inputs.bias)
         return LinearLoss(loss, self.statistics, self.hidden, self.noised_hidden, weight, bias)
 
 

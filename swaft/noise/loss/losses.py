@@ -101,9 +101,9 @@ def cross_entropy_symmetric_kl(
     dtype = wide_dtype(logits, noised_logits)
     weights = row_weights(labels, options, num_classes=logits.shape[-1], dtype=dtype)
     counts_for_task, counts = weights.cross_entropy != 0, weights.counts
-    z, noised_z = (
-        _rows(tensor).to(dtype).masked_fill(~counts.unsqueeze(-1), 0.0) for tensor in (logits, noised_logits)
-    )
+    left_out = ~counts.unsqueeze(-1)
+    z = _rows(logits).to(dtype).masked_fill(left_out, 0.0)
+    noised_z = _rows(noised_logits).to(dtype).masked_fill(left_out, 0.0)
     rows = _logit_rows(z, noised_z, weights.labels, options)
     task_loss, divergence = weights.reduce(torch.where(counts_for_task, rows.task, 0.0), rows.divergence)
 

@@ -309,11 +309,9 @@ def _any_rows(
         noised_g, total_g = torch.zeros_like(g), g
     elif options.detach == "target":
         g, noised_g, total_g = big_p, -big_p, torch.zeros_like(g)
-    g, noised_g, total_g = (
-        torch.addcmul(ce, g, block.kl),
-        noised_g * block.kl,
-        torch.addcmul(ce, total_g, block.kl),
-    )
+    g = torch.addcmul(ce, g, block.kl)
+    noised_g = noised_g * block.kl
+    total_g = torch.addcmul(ce, total_g, block.kl)
     if options.ce_on_noised:
         shifted = noised._replace(
             w=q,

@@ -96,11 +96,7 @@ def row_weights(labels: Tensor, options: LossOptions, *, num_classes: int, dtype
 
 
 def _check(labels: Tensor, options: LossOptions) -> None:
-    """Refuse labels that are not class indices, and tensors that do not fit them.
-
-    Raises:
-        ConfigError: names every problem.
-    """
+    """Refuse labels that are not class indices, and tensors that do not fit them."""
     problems = []
     if labels.dtype not in (torch.int64, torch.int32):
         problems.append(f"labels is {labels.dtype}; expected torch.int64 or torch.int32.")

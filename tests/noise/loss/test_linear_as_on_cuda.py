@@ -6,6 +6,7 @@ import pytest
 import torch
 from loss_oracle import Head, head, head_divergence, leaves, relative_error, worst
 
+from swaft import environment
 from swaft.functional import linear_cross_entropy_symmetric_kl
 from swaft.noise.loss import linear
 from swaft.noise.loss.linear import row_kernel
@@ -49,17 +50,17 @@ def test_cuda_computes_rows_in_torch_where_triton_is_not_installed(monkeypatch):
 
 
 def test_triton_is_passed_over_with_a_warning_where_it_cannot_compile(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(linear, "find_spec", lambda name: name)
+    monkeypatch.setattr(environment, "find_spec", lambda name: name)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with caplog.at_level("WARNING"):
-        assert not linear.has_triton.__wrapped__()
+        assert not environment.has_triton.__wrapped__()
     assert "Triton needs a C compiler" in caplog.text
     monkeypatch.undo()
-    monkeypatch.setattr(linear, "find_spec", lambda name: name)
-    monkeypatch.setattr(linear.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(environment, "find_spec", lambda name: name)
+    monkeypatch.setattr(environment.sysconfig, "get_path", lambda name: str(tmp_path))
     with caplog.at_level("WARNING"):
-        assert not linear.has_triton.__wrapped__()
+        assert not environment.has_triton.__wrapped__()
     assert "Triton needs Python's headers" in caplog.text
 
 
