@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from swaft.averaging import export
 from swaft.averaging.buffers import Statistics, recompute_statistics
 from swaft.averaging.engines import attach_engine
-from swaft.averaging.engines.steps import begin, refuse_missed
+from swaft.averaging.engines.steps import begin, refuse_missed, require_same
 from swaft.averaging.rules import RECOMMENDED, Plan, Readout, Rule
 from swaft.averaging.rules.base import plan_all
 from swaft.averaging.shards import beside_live, blended
@@ -86,7 +86,7 @@ class WeightAverager:
         rules = dict(rule) if isinstance(rule, Mapping) else {UNNAMED: rule}
         self._plans = plan_all(rules, total_steps, precision)
         self.engine = attach_engine(model, optimizer)
-        _require_same(self.engine.ranks.gather(repr((rules, total_steps, precision, first_step))))
+        require_same(self.engine.ranks.gather(repr((rules, total_steps, precision, first_step))))
         self.applied_steps = begin(self.engine, first_step, total_steps)
         """Optimizer steps that changed the weights, as of the last :meth:`step`."""
         self._averages = HostAverages(
@@ -100,7 +100,7 @@ class WeightAverager:
         # Everything that writes to the masters waits until the current member has been read.
         self.engine.before_steps(self._averages.pipeline.release_masters)
         self.engine.swap.readers.add(self._averages.pipeline)
-        self.close = finalize(self, self._averages.close)
+        self._end = finalize(self, self._averages.close)
         self._counts = dict.fromkeys(self._plans, 0)
         self._since = self.applied_steps
         if any(plan.first_step == self.applied_steps for plan in self._plans.values()):
@@ -365,6 +365,10 @@ class WeightAverager:
         total = sum(float((averaged.double() - live.double()).square().sum()) for live, averaged in pairs)
         return math.sqrt(self.engine.ranks.sum([total])[0])
 
+    def close(self) -> None:
+        """End averaging, before training ends: what is averaged can still be read and saved."""
+        self._end()
+
     def _refuse_misuse(self, before: int, applied: int) -> None:
         """Refuse a call of :meth:`step` after which an average would no longer match its rule."""
         if self.engine.swap.active:
@@ -381,7 +385,7 @@ class WeightAverager:
 
     def _refuse_stale(self) -> None:
         """Refuse to read or save averages that lack members of the announced run: :meth:`step` was not called."""
-        if self.applied_steps < self.plan().total_steps and self.close.alive and not self.engine.superseded:
+        if self.applied_steps < self.plan().total_steps and self._end.alive and not self.engine.superseded:
             refuse_missed(self._plans.values(), self.applied_steps, self.engine.applied_steps())
 
     def _take_in(self, step: int) -> None:
@@ -439,12 +443,3 @@ class WeightAverager:
                 "not change the weights (is the learning rate 0?) or the average does not see it"
             )
         return shard
-
-
-def _require_same(settings: list[str]) -> None:
-    for rank, other in enumerate(settings):
-        if other != settings[0]:
-            raise AveragingError(
-                f"rank {rank} was given (rules, total_steps, precision, first_step) = {other}, and rank 0 "
-                f"{settings[0]}; expected the same on every rank"
-            )

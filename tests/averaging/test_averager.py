@@ -119,11 +119,13 @@ def test_an_average_that_was_not_told_of_the_steps_is_not_read(tmp_path, read, t
     assert not list(tmp_path.iterdir())
 
 
-def test_an_average_may_be_read_before_the_latest_step_is_told_and_after_it_was_closed():
+@pytest.mark.parametrize("rule", [swaft.EMA(), swaft.LAWA(last=2), swaft.Windows()])
+def test_an_average_may_be_read_before_the_latest_step_is_told_and_after_it_was_closed(rule, tmp_path):
     model = nn.Linear(3, 2)
-    optimizer, averager = attached(model)
-    take_step(model, optimizer)
-    averager.step()
+    optimizer, averager = attached(model, rule=rule, spill_dir=tmp_path)
+    for _ in range(6):
+        take_step(model, optimizer)
+        averager.step()
     take_step(model, optimizer)
     before = averager.shard().clone()
     averager.close()

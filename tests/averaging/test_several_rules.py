@@ -16,7 +16,7 @@ from torch import nn
 
 import swaft
 from swaft.averaging.arithmetic import reference_mean
-from swaft.averaging.averager import _require_same
+from swaft.averaging.engines.steps import require_same
 from swaft.errors import AveragingError, ConfigError
 
 pytestmark = pytest.mark.unit
@@ -277,8 +277,8 @@ def test_an_average_equal_to_the_live_weights_is_fine_where_training_moved():
 
 def test_ranks_that_were_given_different_rules_are_told_which():
     with pytest.raises(AveragingError, match=r"rank 2 was given .*start=0\.25.* and rank 0 .*start=0\.5"):
-        _require_same([repr(swaft.SWA(start=start)) for start in (0.5, 0.5, 0.25)])
-    _require_same([repr(swaft.SWA())] * 4)
+        require_same([repr(swaft.SWA(start=start)) for start in (0.5, 0.5, 0.25)])
+    require_same([repr(swaft.SWA())] * 4)
 
 
 def test_a_rule_given_by_its_name_is_refused_with_what_was_meant():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.optimizer import (
@@ -75,6 +75,16 @@ def steps_taken(*optimizers: Optimizer) -> int | None:
     if not steps and any(states):
         return None
     return max(steps, default=0)
+
+
+def require_same(settings: Sequence[str]) -> None:
+    """Refuse settings, one text per rank, that are not the same on every rank."""
+    for rank, other in enumerate(settings):
+        if other != settings[0]:
+            raise AveragingError(
+                f"rank {rank} was given (rules, total_steps, precision, first_step) = {other}, and rank 0 "
+                f"{settings[0]}; expected the same on every rank"
+            )
 
 
 def begin(engine: Engine, first_step: int | None, total_steps: int) -> int:

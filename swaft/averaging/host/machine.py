@@ -46,15 +46,18 @@ class Workers:
         require_value("threads", threads, Count | None)
         self.threads = default_threads() if threads is None else threads
         cores = cores_near(device)
+        self._closed = False
         self._pool = ThreadPoolExecutor(
             self.threads, thread_name_prefix="swaft-average", initializer=_stay_on, initargs=(cores,)
         )
 
     def run(self, function: Callable[..., Result], parts: Iterable[tuple]) -> list[Result]:
-        """Call ``function(*part)`` for every part in parallel; returns the results in order.
+        """Call ``function(*part)`` for every part in parallel, once closed in turn; returns the results in order.
 
         Nothing is still running when this returns or raises: compiled loops read memory by its address.
         """
+        if self._closed:  # what is averaged can still be read
+            return [function(*part) for part in parts]
         futures: list[Future[Result]] = []
         try:
             for part in parts:
@@ -65,6 +68,7 @@ class Workers:
 
     def close(self) -> None:
         """Let the threads end."""
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
