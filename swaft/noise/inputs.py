@@ -263,10 +263,11 @@ def _decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
 
 def _of_other_rows(arguments: dict[str, Any], rows: int) -> list[str]:
     """Names of the tensors that have neither one row per row of the batch nor one for all."""
-    tensors = {
-        name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.dim() > 1
-    }
-    return [name for name, value in tensors.items() if value.shape[0] not in (1, rows)]
+    return [
+        name
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] not in (1, rows)
+    ]
 
 
 def _is_per_row(value: Any, rows: int) -> bool:
