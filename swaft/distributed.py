@@ -30,13 +30,23 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of a group that trains together."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def current_rank() -> int:
+    """The rank of this process; 0 without a process group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
 _SHARED: tuple[object, Ranks] | None = None
 
 
 def shared_ranks() -> Ranks:
     """The ranks of this process's default group, created once (collective the first time): groups cost threads."""
     global _SHARED
-    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    world = dist.group.WORLD if is_distributed() else None
     if _SHARED is None or _SHARED[0] is not world:
         _SHARED = (world, Ranks())
     return _SHARED[1]
@@ -49,9 +59,8 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if distributed else 0
-        self.world_size = dist.get_world_size() if distributed else 1
+        self.rank = current_rank()
+        self.world_size = dist.get_world_size() if is_distributed() else 1
         self._group: Any = None
         self._arrivals: Any = None
         self._patient: Any = None

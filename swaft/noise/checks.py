@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from swaft.errors import NoiseError
@@ -20,16 +19,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     *_, innermost = layers(model)
     get_base_model = getattr(innermost, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else innermost  # type: ignore[return-value]
-
-
-def is_distributed() -> bool:
-    """Whether this process is one of a group that trains together."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def current_rank() -> int:
-    """The rank of this process; 0 without a process group."""
-    return dist.get_rank() if is_distributed() else 0
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from swaft.distributed import current_rank
 from swaft.errors import NoiseError, StateError
 from swaft.noise.checks import (
     check_model,
@@ -16,7 +17,6 @@ from swaft.noise.checks import (
     check_seeds,
     check_two_masks,
     check_uncompiled,
-    current_rank,
     generates,
     predicts_tokens,
     unwrap,

@@ -16,16 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from swaft.distributed import current_rank, is_distributed
 from swaft.errors import NoiseError
-from swaft.noise.checks import (
-    check_not_recomputed,
-    check_rows,
-    check_seeds,
-    current_rank,
-    is_distributed,
-    predicts_tokens,
-    router_terms,
-)
+from swaft.noise.checks import check_not_recomputed, check_rows, check_seeds, predicts_tokens, router_terms
 from swaft.noise.embedding import (
     Disturbance,
     Embedded,

@@ -22,6 +22,7 @@ from swaft.soup.huggingface import ADAPTER_CONFIG
 from swaft.training.config import AnyModelConfig, ModelConfig, load_config
 from swaft.training.data.causal_lm import CausalCollator, CausalConfig, find_columns, tokenize_rows
 from swaft.training.data.classification import ClassificationConfig, describe_task, tokenize
+from swaft.training.data.loaders import Collate, loader_of
 from swaft.training.data.question_answering import (
     QuestionAnsweringConfig,
     check_questions,
@@ -50,7 +51,6 @@ from swaft.training.models.encoder_decoder import (
 )
 from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head
 from swaft.training.models.special_tokens import one_length, whole_windows
-from swaft.training.run.step import Collate, loader_of
 
 REASONS = {
     "final": "it has not ended, or is not a recipe's. In a Trainer's script, call "

@@ -26,12 +26,12 @@ from transformers import (
 from swaft.errors import ConfigError, SwaftError
 from swaft.training.checks import ROUTE_AMONG_MODULES, keep_all_layers
 from swaft.training.config import load_config
+from swaft.training.launch.ddp import allow_unused_weights
 from swaft.training.launch.failure import message_of
 from swaft.training.models.checks import NOT_FROM_TEXT
 from swaft.training.models.pretrained import GROWING, longest_input
 from swaft.training.models.special_tokens import COUNT_FROM_PADDING
 from swaft.training.planning.preflight import check_run
-from swaft.training.run.state import allow_unused_weights
 
 pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("fresh_accelerate")]
 

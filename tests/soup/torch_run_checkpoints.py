@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from swaft.distributed import Ranks
 from swaft.storage import hash_file
 from swaft.training.run.checkpoints import save_checkpoint
-from swaft.training.run.state import save_engine
+from swaft.training.run.engine_state import save_engine
 
 
 class Net(nn.Module):

@@ -99,7 +99,7 @@ def test_training_rows_of_like_length_come_together_in_every_recipe(make_acceler
     from datasets import Dataset
 
     from swaft.training.config import TrainConfig
-    from swaft.training.run.step import training_loader
+    from swaft.training.data.loaders import training_loader
 
     lengths = [1 + 37 * row % 61 for row in range(240)]
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths], "idx": range(240)})

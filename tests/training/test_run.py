@@ -14,8 +14,8 @@ from torch.utils.data import default_collate
 
 import swaft
 from swaft.training.data.classification import ClassificationEvalConfig
+from swaft.training.data.loaders import shuffled
 from swaft.training.evaluation.evaluate import Evaluation
-from swaft.training.run.step import shuffled
 
 pytestmark = pytest.mark.unit
 BATCH = SMALL["per_device_train_batch_size"]

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 import swaft
 from swaft.averaging import state
 from swaft.noise import TaskLoss
-from swaft.training.run import state as run_state
+from swaft.training.launch import ddp
 
 pytestmark = pytest.mark.unit
 
@@ -38,10 +38,10 @@ def test_a_run_folder_with_an_older_config_resumes_to_the_bit_also_with_an_optim
 
 
 def test_an_objective_that_computes_no_loss_keeps_no_run_from_resuming(make_accelerator, monkeypatch, caplog):
-    monkeypatch.setattr(run_state, "DistributedDataParallel", nn.Module)
+    monkeypatch.setattr(ddp, "DistributedDataParallel", nn.Module)
     model, batch = make_classifier(), default_collate(make_rows(2))
     del batch["labels"], batch["idx"]
-    run_state.settle_buckets(make_accelerator(), model, TaskLoss(), batch)
+    ddp.settle_buckets(make_accelerator(), model, TaskLoss(), batch)
     assert "the first step after resuming may differ in its last bits" in caplog.text
     assert "has no loss" in caplog.text
 

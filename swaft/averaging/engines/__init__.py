@@ -17,6 +17,7 @@ from torch import nn
 from swaft.averaging.engines.base import Engine
 from swaft.averaging.engines.replicated import ReplicatedEngine, optimized, optimized_fp32
 from swaft.averaging.engines.steps import StepCounter
+from swaft.distributed import is_distributed
 from swaft.errors import AveragingError, UnsupportedEngineError
 
 __all__ = ["Engine", "attach_engine"]
@@ -97,7 +98,7 @@ def _attach_torch(model: nn.Module, optimizers: Sequence[Any]) -> Engine:
             "the parameters are DTensors, but not by `fully_shard`: tensor parallelism, which this version does "
             "not average; train with FSDP2 alone"
         )
-    if not wrapped and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if not wrapped and is_distributed() and dist.get_world_size() > 1:
         raise UnsupportedEngineError(
             f"{dist.get_world_size()} ranks train, but the model is a bare {type(model).__name__}; expected what "
             "`accelerator.prepare` returns: attach after it. On a CPU accelerate wraps the model only with "

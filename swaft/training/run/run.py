@@ -18,24 +18,18 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 
-from swaft.averaging import (
-    Engine,
-    Readout,
-    ReadoutSearch,
-    WeightAverager,
-    attach_engine,
-    save_pretrained,
-    search_windows,
-)
+from swaft.averaging import Engine, Readout, ReadoutSearch, WeightAverager, attach_engine, save_pretrained
 from swaft.averaging.rules import WindowsPlan
-from swaft.averaging.search import most_evaluations
+from swaft.averaging.search import most_evaluations, search_windows
 from swaft.noise.objectives import Resumable
 from swaft.storage import sync_tree
 from swaft.training.checks import Prepared
 from swaft.training.config import RecipeConfig, load_config, to_yaml
+from swaft.training.data.loaders import Collate, loader_of, training_loader
 from swaft.training.evaluation.best import BestWeights
 from swaft.training.evaluation.evaluate import Evaluation, Scores, mean_evaluations, without_row_id
 from swaft.training.launch.accelerator import whole_model_loading
+from swaft.training.launch.ddp import allow_unused_weights, settle_buckets
 from swaft.training.launch.failure import run_and_report
 from swaft.training.launch.fsdp2 import prepare
 from swaft.training.launch.interruption import Interrupted, InterruptibleLoader, Interruption
@@ -49,6 +43,7 @@ from swaft.training.models.build import (
 )
 from swaft.training.models.pretrained import Preprocessing, processor_files
 from swaft.training.run.checkpoints import AVERAGE, find_checkpoints
+from swaft.training.run.engine_state import zero_stage
 from swaft.training.run.folder import RunFolder
 from swaft.training.run.progress import ProgressLog, setup_logging, start_trackers, summary
 from swaft.training.run.record import (
@@ -58,8 +53,8 @@ from swaft.training.run.record import (
     fingerprint_rows,
     layout_of,
 )
-from swaft.training.run.state import RunState, allow_unused_weights, settle_buckets, zero_stage
-from swaft.training.run.step import Collate, Meter, Position, Step, loader_of, step_batches, training_loader
+from swaft.training.run.state import RunState
+from swaft.training.run.step import Meter, Position, Step, step_batches
 
 Evaluations = dict[str, Evaluation]
 """Evaluations by kind of weights, ``last`` and ``averaged``."""

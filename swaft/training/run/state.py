@@ -1,12 +1,7 @@
 """Saves everything that changes during a run to a checkpoint, and restores it bit for bit.
 
 accelerate's `save_state` does not: it pickles generators, which is unsafe to load, keeps only rank 0's copy of
-registered objects, and leaves a folder that looks complete after a rank has failed. Here, a rank that fails alone
-inside the engine does not leave the others waiting.
-
-Plain, DDP and FSDP2 runs write torch's distributed checkpoints, which any of the three opens, on any number of
-ranks; DeepSpeed's files are tied to one stage and one number of ranks. What DDP needs to know about a model, so
-that a resumed run sums its gradients in the same order, is here as well.
+registered objects, and leaves a folder that looks complete after a rank has failed.
 """
 
 from __future__ import annotations
@@ -14,30 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import random
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, send_to_device, set_seed
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.nn.parallel import DistributedDataParallel
+from accelerate.utils import set_seed
+from torch import Tensor
 
 from swaft.averaging.state import same_weights, weights_now
 from swaft.distributed import shared_ranks
@@ -46,6 +26,7 @@ from swaft.errors import ConfigError, StateError
 from swaft.storage import FileRecord, Spec, TensorFile, hash_file, sync_file, sync_folder, write_tensors
 from swaft.training.config import flatten
 from swaft.training.run.checkpoints import AVERAGE, TAG, RunCheckpoint, delete_old, save_checkpoint
+from swaft.training.run.engine_state import load_engine, save_engine
 from swaft.training.run.record import (
     RunRecord,
     Setup,
@@ -59,168 +40,6 @@ if TYPE_CHECKING:
     from swaft.training.run.run import Run
 
 logger = logging.getLogger(__name__)
-
-LEAVE_WEIGHTS_UNUSED = frozenset(
-    {
-        *("axk2", "big_bird", "canine", "encoder-decoder", "esm", "fnet", "layoutlmv3", "led", "lilt"),
-        *("luke", "markuplm", "mra", "squeezebert", "t5gemma2", "xlnet"),
-    }
-)
-"""Types with trained weights that get no gradient from rows of text in some task: poolers, global attention."""
-OTHER_PARTS = ("vision_config", "audio_config", "auto_map")
-"""Configuration entries for a part that text does not go through, or for code that may have one."""
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
-
-
-def zero_stage(model: Any) -> int | None:
-    """Return DeepSpeed's ZeRO stage of a prepared model; None under another engine."""
-    return model.zero_optimization_stage() if hasattr(model, "load_checkpoint") else None
-
-
-def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Write weights and optimizer state into an existing folder (collective).
-
-    Frozen weights are left out: a resumed run loads them as it did the first time.
-
-    Args:
-        model: the prepared model.
-        module: the same, unwrapped.
-        optimizer: torch's own, unwrapped.
-        folder: folder of the checkpoint.
-
-    Raises:
-        Exception: whatever torch or DeepSpeed raise if this rank (under torch, any rank) could not write.
-    """
-    if zero_stage(model) is not None:
-        _save_deepspeed(model, folder)
-        return
-    with _first_fault():
-        # If there is no state, torch would take a step to create it, and step counters would count it.
-        save(_state_dict(module, optimizer if optimizer.state else None), checkpoint_id=folder / TAG)
-
-
-def load_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Load what :func:`save_engine` wrote, with the same arguments, into model and optimizer (collective).
-
-    Raises:
-        StateError: DeepSpeed found no state.
-        Exception: whatever torch or DeepSpeed raise for a state that does not fit the model.
-    """
-    if zero_stage(model) is not None:
-        path, _ = model.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
-        if path is None:
-            raise StateError(f"DeepSpeed found no state in {folder}")
-        return
-    with _first_fault():
-        names = FileSystemReader(folder / TAG).read_metadata().state_dict_metadata
-        state = _state_dict(
-            module, optimizer if any(name.startswith("optimizer.") for name in names) else None
-        )
-        load(state, checkpoint_id=folder / TAG)
-        set_model_state_dict(module, state["model"], options=_OPTIONS)
-        if "optimizer" in state:
-            set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_OPTIONS)
-
-
-def allow_unused_weights(accelerator: Accelerator, model: nn.Module) -> None:
-    """Make DDP look for weights without a gradient, if a model's type has some; it would wait for them otherwise.
-
-    Args:
-        accelerator: nothing prepared yet; engines other than DDP need no change.
-        model: a transformers model, or adapters on one.
-    """
-    config: Any = getattr(model, "config", None)
-    unused = getattr(config, "model_type", None) in LEAVE_WEIGHTS_UNUSED
-    if unused or any(getattr(config, name, None) for name in OTHER_PARTS):
-        handler: Any = DistributedDataParallelKwargs(find_unused_parameters=True)
-        accelerator.ddp_handler = handler
-
-
-def settle_buckets(accelerator: Accelerator, model: nn.Module, objective: Any, batch: dict[str, Any]) -> None:
-    """Run one backward pass so that DDP fixes its gradient buckets (collective under DDP).
-
-    After its first backward pass DDP rebuilds its buckets, by the order in which gradients arrived. With three or
-    more ranks, the rounding of a sum depends on an element's place in its bucket; so without this, the first step
-    of a resumed process would differ in the last bits from the run it continues. The gradients are dropped;
-    whatever else the pass changes (generators, buffers, the objective's count) has to be restored afterwards.
-
-    The loop of a copied recipe may compute its loss itself. If the objective cannot compute one, the run resumes
-    without this pass, with a warning.
-
-    Args:
-        accelerator: the one that prepared the model.
-        model: the prepared model; anything but DDP is left alone.
-        objective: loss of a micro-batch.
-        batch: inputs of the model, from any rows, on the host.
-    """
-    if isinstance(model, DistributedDataParallel):
-        model.train()
-        loss, error = None, None
-        try:
-            loss = objective(model, send_to_device(batch, accelerator.device)).loss
-        except Exception as found:  # whatever an objective of one's own raises
-            error = f"{type(found).__name__}: {found}"
-        errors = [each for each in shared_ranks().gather(error) if each is not None]
-        if errors:
-            logger.warning(
-                "the objective given to run.prepare cannot compute a loss (%s), so the first step after resuming "
-                "may differ in its last bits; give a callable that returns the loss of your loop as .loss",
-                errors[0],
-            )
-            return
-        accelerator.backward(loss)
-        model.zero_grad()
-
-
-def _save_deepspeed(model: Any, folder: Path) -> None:
-    """Make DeepSpeed write its files, and raise errors only after the last of its barriers.
-
-    A rank that raised earlier would leave the others waiting there. For the same reason rank 0 writes nothing
-    alone: neither the file `latest`, which a sealed folder does not need, nor the copy of DeepSpeed's script, which
-    can be run as `python -m deepspeed.utils.zero_to_fp32 ... --tag engine`.
-    """
-    errors: list[Exception] = []
-
-    def noting(call: Callable[..., Any]) -> Callable[..., None]:
-        def noted(*arguments: Any, **options: Any) -> None:
-            try:
-                call(*arguments, **options)
-            except Exception as error:  # such as a full disk, which torch's writer turns into a RuntimeError
-                errors.append(error)
-
-        return noted
-
-    writer = model.checkpoint_engine
-    writer.makedirs, writer.save = noting(writer.makedirs), noting(writer.save)
-    model._copy_recovery_script = lambda path: None
-    try:
-        model.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-    finally:
-        del writer.makedirs, writer.save, model._copy_recovery_script
-    if errors:
-        raise errors[0]
-
-
-def _state_dict(module: nn.Module, optimizer: Any) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": get_model_state_dict(module, options=_OPTIONS)}
-    if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(module, optimizer, options=_OPTIONS)
-    return state
-
-
-@contextmanager
-def _first_fault() -> Iterator[None]:
-    """Raise only the first rank's error, where torch would raise every rank's traceback on all ranks.
-
-    Silence torch's warning that one process saves alone, which is intended.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            yield
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()), (error,))[0] from error
-
 
 SUMS = "meter.sums"
 RANDOM, RANDOM_OF_DEVICE = "random", "random.device"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from swaft.training.run.step import length_grouped, shuffled
+from swaft.training.data.loaders import length_grouped, shuffled
 
 pytestmark = pytest.mark.unit
 
