@@ -40,13 +40,13 @@ from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
 from swaft.training.models.build import build_objective, build_optimizer, build_schedule
 from swaft.training.models.checks import check_model, require_embedded, require_separate_rows
-from swaft.training.models.encoder_decoder import (
+from swaft.training.models.pretrained import load_tokenizer, longest_text
+from swaft.training.models.text_generation import (
     check_new_model,
     decoder_config,
     load_text_model,
     new_tokenizer,
 )
-from swaft.training.models.pretrained import load_tokenizer, longest_text
 from swaft.training.run.run import Run, run_recipe
 
 Config = CausalConfig

@@ -43,7 +43,9 @@ from swaft.training.launch.failure import leave
 from swaft.training.metrics import Metric
 from swaft.training.models.build import build_objective, build_optimizer, build_schedule
 from swaft.training.models.checks import check_model
-from swaft.training.models.encoder_decoder import (
+from swaft.training.models.pretrained import load_tokenizer, longest_input
+from swaft.training.models.special_tokens import one_length, whole_windows
+from swaft.training.models.text_generation import (
     check_new_model,
     encoder_decoder_config,
     load_text_model,
@@ -52,8 +54,6 @@ from swaft.training.models.encoder_decoder import (
     require_target_language,
     set_languages,
 )
-from swaft.training.models.pretrained import load_tokenizer, longest_input
-from swaft.training.models.special_tokens import one_length, whole_windows
 from swaft.training.run.run import Run, run_recipe
 
 Config = Seq2SeqConfig

@@ -43,14 +43,14 @@ from swaft.training.evaluation.evaluate import Evaluation, evaluate_answers_give
 from swaft.training.evaluation.generation import evaluate_texts
 from swaft.training.metrics import get_metric
 from swaft.training.models.classes import describe_labels, fit_head
-from swaft.training.models.encoder_decoder import (
+from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head
+from swaft.training.models.special_tokens import one_length, whole_windows
+from swaft.training.models.text_generation import (
     decoder_config,
     encoder_decoder_config,
     load_text_model,
     set_languages,
 )
-from swaft.training.models.pretrained import load_model_config, load_tokenizer, load_with_head
-from swaft.training.models.special_tokens import one_length, whole_windows
 
 REASONS = {
     "final": "it has not ended, or is not a recipe's. In a Trainer's script, call "

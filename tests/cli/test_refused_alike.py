@@ -81,7 +81,7 @@ OF_A_LAUNCH = {
     "data/texts.py: __init__": "a new tokenizer, which there is only then, has a token for padding",
     "data/texts.py: encode": "report_special_tokens has asked it about every text that it may refuse",
     "data/texts.py: refuse_split_settings": "a new tokenizer is there only then; prepare asks it about the model's",
-    "models/encoder_decoder.py: require_saving": "training changes the settings that are loaded with the weights",
+    "models/text_generation.py: require_saving": "training changes the settings that are loaded with the weights",
     "models/checks.py: require_order": "it is measured on weights, and there are none on paper",
     "models/build.py: require_called": "what the loop of a copied recipe calls is seen once it runs",
     "models/build.py: require_own_parameters": "the optimizer may be a copied recipe's, made from weights",

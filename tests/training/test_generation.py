@@ -25,7 +25,7 @@ from swaft.training.evaluation.generation import (
     generation_arguments,
     get_generation_metric,
 )
-from swaft.training.models.encoder_decoder import (
+from swaft.training.models.text_generation import (
     encoder_decoder_config,
     load_text_model,
     new_tokenizer,

@@ -11,7 +11,7 @@ from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbToken
 
 from swaft.errors import ConfigError
 from swaft.training.data.seq2seq import PairColumns, Seq2SeqDataConfig, tokenize_pairs
-from swaft.training.models.encoder_decoder import (
+from swaft.training.models.text_generation import (
     generate_as_trained,
     language_codes,
     require_target_language,

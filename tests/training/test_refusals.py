@@ -44,8 +44,8 @@ from swaft.training.models.checks import (
     require_text,
     require_token_types,
 )
-from swaft.training.models.encoder_decoder import check_new_model, require_generation_start
 from swaft.training.models.pretrained import FORMS, UNLIMITED, longest_input, longest_text
+from swaft.training.models.text_generation import check_new_model, require_generation_start
 from swaft.training.planning.step import planned_model
 
 pytestmark = pytest.mark.unit

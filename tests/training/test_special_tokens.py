@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from swaft.errors import ConfigError
-from swaft.training.models.encoder_decoder import generate_as_trained
 from swaft.training.models.special_tokens import follow_tokenizer, one_length
+from swaft.training.models.text_generation import generate_as_trained
 
 pytestmark = pytest.mark.unit
 

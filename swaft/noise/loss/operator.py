@@ -99,7 +99,15 @@ def _fused(
     inputs = LinearInputs(
         hidden, noised_hidden, hidden_difference, weight, bias, labels, ce_weight, kl_weight, factor
     )
-    options = LossOptions(label_smoothing, z_loss, detach, ce_on_noised, logit_scale, softcap, form)  # type: ignore[arg-type]
+    options = LossOptions(
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        detach=detach,  # type: ignore[arg-type]
+        ce_on_noised=ce_on_noised,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        form=form,  # type: ignore[arg-type]
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         return linear_loss(
             inputs,

@@ -21,7 +21,7 @@ from swaft.training.evaluation.answering import get_question_metric
 from swaft.training.evaluation.generation import get_generation_metric
 from swaft.training.launch.deepspeed_config import fill_auto, recipe_values
 from swaft.training.models.build import build_objective
-from swaft.training.models.encoder_decoder import encoder_decoder_config
+from swaft.training.models.text_generation import encoder_decoder_config
 
 pytestmark = pytest.mark.unit
 

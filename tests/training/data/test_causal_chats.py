@@ -23,7 +23,7 @@ from swaft.training.data.causal_lm import (
     tokenize_rows,
 )
 from swaft.training.models.checks import require_embedded
-from swaft.training.models.encoder_decoder import train_tokenizer
+from swaft.training.models.text_generation import train_tokenizer
 
 pytestmark = pytest.mark.unit
 QWEN3 = ("qwen3", "<|im_end|>", "<|im_start|>")

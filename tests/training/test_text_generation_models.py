@@ -17,7 +17,7 @@ from transformers import (
 from swaft.errors import ConfigError
 from swaft.training.data.causal_lm import CausalConfig, CausalDataConfig
 from swaft.training.data.seq2seq import Seq2SeqConfig, Seq2SeqModelConfig, Seq2SeqTrainConfig
-from swaft.training.models.encoder_decoder import (
+from swaft.training.models.text_generation import (
     check_new_model,
     decoder_config,
     encoder_decoder_config,

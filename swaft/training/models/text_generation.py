@@ -1,4 +1,4 @@
-"""Loads encoder-decoders and decoders, or makes new ones with a tokenizer of their own.
+"""Loads models that generate text, encoder-decoders and decoders, or makes new ones with a tokenizer of their own.
 
 An encoder-decoder generates as it is trained: same start, end and padding tokens, same language.
 """
