@@ -94,17 +94,8 @@ def cross_entropy_symmetric_kl(
         NoiseError: in a second derivative.
     """
     options = LossOptions(
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        detach=detach,
-        ce_on_noised=ce_on_noised,
-        form="direct",
-        divergence_weight=divergence_weight,
-        ignore_index=ignore_index,
-        token_weight=token_weight,
-        kl_mask=kl_mask,
-        kl_normalizer=kl_normalizer,
-        reduction=reduction,
+        *(label_smoothing, z_loss, detach, ce_on_noised, 1.0, None, "direct", divergence_weight),
+        *(ignore_index, token_weight, kl_mask, kl_normalizer, reduction),
     )
     check_logits(logits, noised_logits, labels)
     dtype = wide_dtype(logits, noised_logits)
@@ -193,19 +184,8 @@ def linear_cross_entropy_symmetric_kl(
         NoiseError: in a second derivative, in forward mode, or under a transform of torch.func.
     """
     options = LossOptions(
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        detach=detach,
-        ce_on_noised=ce_on_noised,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        form=form,
-        divergence_weight=divergence_weight,
-        ignore_index=ignore_index,
-        token_weight=token_weight,
-        kl_mask=kl_mask,
-        kl_normalizer=kl_normalizer,
-        reduction=reduction,
+        *(label_smoothing, z_loss, detach, ce_on_noised, logit_scale, softcap, form, divergence_weight),
+        *(ignore_index, token_weight, kl_mask, kl_normalizer, reduction),
     )
     operands = (hidden, noised_hidden, weight, bias, hidden_difference)
     return _head_loss(operands, labels, options, num_counted=num_counted, chunk_bytes=chunk_bytes)
