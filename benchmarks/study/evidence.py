@@ -49,6 +49,8 @@ HEADLINES = (
     "decayed:tail-0.1", "constant:last", "constant:swa-0.5", "constant:ema-0.1", "constant:chosen",
     "constant2x:ema-0.1", *OBJECTIVES,
 )  # fmt: skip
+COMPARED = (*OBJECTIVES, "r4f-relative-1.0-decayed:last", "freelb-decayed:last")
+"""Arms that cost two passes."""
 ROOT = Path(__file__).parents[2]
 QUOTING = (ROOT / "README.md", ROOT / "docs" / "methods.md")
 """Handwritten pages that quote arms in the form of `quote`."""
@@ -173,9 +175,17 @@ def _answer(kept: Kept, drawn: Sequence[str]) -> str:
 
 
 def _objectives(kept: Kept) -> str:
-    shown = by_task_and_mean(kept, OBJECTIVES, BASELINES[2], CHOOSING)
-    text = "Task by task, against a run twice as long, which costs the same (three seeds):"
-    return f"## Objectives\n\n{text}\n\n{shown}" if shown else ""
+    base, parts = BASELINES[2], []
+    for regime, tasks in (("main", CHOOSING), ("small", ALL)):
+        tables = [
+            by_task_and_mean(kept, regime, COMPARED, base, outcome, tasks) for outcome in ("loss", "score")
+        ]
+        shown = [table for table in tables if table]
+        if shown:
+            parts += [f"### With {REGIMES[regime].rows:,} training rows", *shown]
+    return _titled(
+        "## Objectives", f"Task by task, against `{base}`, which costs the same (three seeds).", parts
+    )
 
 
 def _every_arm(kept: Kept) -> str:

@@ -62,15 +62,22 @@ def summary(kept: Kept, arms: Sequence[str], groups: Mapping[str, Collection[str
     return markdown(["arm", "against", *head, "pairs"], lines)
 
 
-def by_task_and_mean(kept: Kept, arms: Sequence[str], base: str, tasks: Sequence[str]) -> str:
-    """Test loss of arms against one baseline, task by task and over all; empty if there is nothing to show."""
+def by_task_and_mean(
+    kept: Kept, regime: str, arms: Sequence[str], base: str, outcome: str, tasks: Sequence[str]
+) -> str:
+    """Arms against one baseline, task by task and over all; empty if there is nothing to show.
+
+    An arm has a mean if it is measured on every task that any of them is measured on.
+    """
+    found = {arm: kept.comparison(regime, arm, base, outcome, tasks=tasks) for arm in arms}
+    measured = {arm: each for arm, each in found.items() if each}
+    shown = [task for task in tasks if any(task in each.by_task for each in measured.values())]
     lines = []
-    for arm in arms:
-        found = kept.comparison("main", arm, base, "loss", tasks=tasks)
-        if found:
-            means = [f"{found.by_task[task].mean:+.2f}" if task in found.by_task else "" for task in tasks]
-            lines.append([f"`{arm}`", *means, told(found.overall) if found.overall else ""])
-    return markdown([f"test loss against `{base}`, %", *tasks, "mean"], lines)
+    for arm, each in measured.items():
+        cells = [told(each.by_task[task]) if task in each.by_task else "" for task in shown]
+        whole = told(each.overall) if each.overall and each.by_task.keys() == {*shown} else ""
+        lines.append([f"`{arm}`", *cells, whole])
+    return markdown([OUTCOMES[outcome], *shown, "mean"], lines)
 
 
 def absolute(kept: Kept, regime: str) -> list[str]:
