@@ -213,7 +213,7 @@ def test_a_model_without_dropout_is_refused_where_nothing_else_tells_two_passes_
     R3F(sigma=0.1).prepare_model(build(dropout=0.0))
 
 
-def test_dropout_of_adapters_alone_is_enough_though_the_first_passes_are_equal(caplog):
+def test_dropout_of_adapters_alone_is_enough_though_the_first_passes_are_equal():
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.5)
