@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile(
     "swaft", deadline=None
 )  # busy machines take their time; wrong answers are the fault
 settings.load_profile("swaft")
+
+
+@pytest.fixture
+def launched_by_nothing(monkeypatch) -> None:
+    """Be in the folder that launch files name their DeepSpeed files from, without the environment of a launch."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    for name in list(os.environ):
+        if name.startswith(("ACCELERATE_", "FSDP_")) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -171,16 +171,6 @@ def test_a_write_that_fails_leaves_no_folder_and_says_why(tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_average_and_the_last_weights_are_both_to_be_had(tmp_path):
-    model = nn.Linear(2, 2)
-    averager = moved(model)
-    averager.save_pretrained(tmp_path / "averaged")
-    save_pretrained(averager.engine, tmp_path / "last")
-    averaged, last = (load_file(tmp_path / name / "model.safetensors") for name in ("averaged", "last"))
-    assert torch.equal(last["weight"], model.weight)
-    assert not torch.equal(averaged["weight"], last["weight"])
-
-
 def test_a_parts_wrapper_is_in_no_name(tmp_path):
     wrapped = checkpoint_wrapper(nn.Sequential(spectral_norm(nn.Linear(2, 2)), nn.BatchNorm1d(2)))
     save_pretrained(engine_of(nn.Sequential(wrapped)), tmp_path / "out")

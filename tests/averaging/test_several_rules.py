@@ -228,7 +228,7 @@ def test_a_model_with_an_averager_can_be_pickled():
     assert gone() is None
 
 
-def test_torchs_defaults_for_new_tensors_do_not_reach_the_averages(monkeypatch):
+def test_torchs_defaults_for_new_tensors_do_not_reach_the_averages():
     model, batches = nn.Linear(5, 3), list(torch.randn(8, 4, 5))
     again = copy.deepcopy(model)
     optimizer, averager = attached(model)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -8,17 +7,12 @@ from tiny_inputs import save_model, save_rows
 from tiny_questions import save_questions, save_reader
 from tiny_texts import NEW_MODEL, save_pairs
 
-ROOT = Path(__file__).parents[2]
 NEW_DECODER = "{model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}"
 
 
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch) -> None:
-    """In the folder that launch files name their DeepSpeed files from, launched by nothing."""
-    monkeypatch.chdir(ROOT)
-    for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "FSDP_")) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            monkeypatch.delenv(name)
+def at_the_root(launched_by_nothing) -> None:
+    """Commands are called there, and make the environment of a launch themselves."""
 
 
 @pytest.fixture(scope="session")

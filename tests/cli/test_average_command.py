@@ -101,7 +101,7 @@ def test_options_that_make_no_sense_are_refused(words, message):
         run(words)
 
 
-def test_an_output_that_is_there_is_refused(tmp_path, checkpoints):
+def test_an_output_that_is_there_is_refused(checkpoints):
     with pytest.raises(
         StateError, match=r"is there already; nothing was changed in it. Name a new folder as --output"
     ):

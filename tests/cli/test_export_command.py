@@ -161,7 +161,7 @@ def test_averages_of_another_run_put_into_a_checkpoint_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_averages_put_into_a_checkpoint_that_had_none_are_refused(tmp_path, averager, base, run_folder):
+def test_averages_put_into_a_checkpoint_that_had_none_are_refused(tmp_path, averager, base):
     save_checkpoint(Ranks(), tmp_path / "other", 4, write=lambda folder: {}, content={})
     averager.save_state(tmp_path / "other" / "checkpoint-4" / "average")
     words = [str(tmp_path / "other"), "--base", base, "--rule", "mean", "--output", str(tmp_path / "out")]

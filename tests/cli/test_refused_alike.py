@@ -15,8 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
-from launching import load_recipe
+from launching import forget_accelerate, load_recipe
 from tiny_inputs import save_rows
 
 import swaft
@@ -48,8 +47,7 @@ def launched(monkeypatch, configs) -> Callable[..., list[str]]:
         module = load_recipe(recipe)
         if starts:
             monkeypatch.delenv("WORLD_SIZE")
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+            forget_accelerate()
         else:
             monkeypatch.setattr(module, "build_accelerator", lambda *_: pytest.fail("an engine was started"))
         with (problems := Problems()):

@@ -79,7 +79,7 @@ def test_a_seed_on_the_line_is_refused_because_every_run_gets_its_own(form):
         sweep.plan_runs(["recipe.py", "train.output_dir=x", *form], [1, 2], [])
 
 
-def test_a_value_in_double_quotes_may_hold_commas(tmp_path):
+def test_a_value_in_double_quotes_may_hold_commas():
     name = "model.lora_target_modules"
     _, runs = sweep.plan_runs(["train.output_dir=x"], [1], [f'{name}="query,value",all-linear'])
     assert [run.words[0] for run in runs] == [f"{name}=query,value", f"{name}=all-linear"]

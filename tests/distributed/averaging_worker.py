@@ -15,7 +15,6 @@ from run_on_ranks import (
     STEPS,
     TOTAL_STEPS,
     counted_collectives,
-    load_plainly,
     logits,
     mean_in_one_process,
     raised_on_every_rank,
@@ -30,8 +29,6 @@ import swaft
 from swaft.averaging.adapters import is_peft
 from swaft.averaging.shards import outside
 from swaft.errors import AveragingError, LayoutError
-
-__all__ = ["load_plainly", "logits", "shared_folder"]
 
 
 def engine_case(case: EngineCase, model_case: ModelCase):

@@ -14,25 +14,13 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
-from models import MICRO_BATCH, adamw, batch, tiny_bert
+from models import MICRO_BATCH, adamw, tiny_bert
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from swaft.averaging import Engine
 from swaft.averaging.export import add_frozen
 from swaft.averaging.shards import gather_trained
-
-__all__ = [
-    "CPU",
-    "ENGINES",
-    "EngineCase",
-    "adamw",
-    "batch",
-    "full_masters",
-    "gather_state_dict",
-    "prepared",
-    "tiny_bert",
-]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from engines import ENGINES, batch, prepared
+from engines import ENGINES, prepared
+from models import batch
 
 import swaft
 import swaft.distributed

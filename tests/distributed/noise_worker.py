@@ -11,10 +11,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from averaging_worker import load_plainly, logits, shared_folder
-from engines import ENGINES, EngineCase, batch, full_masters, prepared, tiny_bert
+from engines import ENGINES, EngineCase, full_masters, prepared
 from harness import worker_main
-from models import language_batch, tiny_bart, tiny_gpt2, tiny_t5, translation_batch
+from models import batch, language_batch, tiny_bart, tiny_bert, tiny_gpt2, tiny_t5, translation_batch
+from run_on_ranks import load_plainly, logits, shared_folder
 from torch.nn.parallel import DistributedDataParallel
 
 import swaft

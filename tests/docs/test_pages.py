@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
+from launching import forget_accelerate
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -135,9 +135,7 @@ def rows_as_batches(number: int) -> list[dict[str, torch.Tensor]]:
 @pytest.fixture(autouse=True)
 def one_process():
     yield
-    for state in (AcceleratorState, PartialState):
-        state._reset_state()
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))

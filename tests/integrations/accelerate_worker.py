@@ -14,8 +14,9 @@ from swaft.errors import StateError
 from swaft.integrations.accelerate import register_averager
 
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
-from engines import ENGINES, batch, prepared
+from engines import ENGINES, prepared
 from harness import worker_main
+from models import batch
 from run_on_ranks import raised_on_every_rank, same_bits
 
 STEPS = 6

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import ProjectConfiguration
+from launching import forget_accelerate
 from safetensors.torch import load_file
 from tiny_trainer import model, rows
 from torch.utils.data import DataLoader
@@ -28,8 +28,7 @@ class Loop:
     """An ordinary accelerate loop: accumulation, a prepared scheduler, checkpoints named by accelerate itself."""
 
     def __init__(self, folder: Path, *rules: swaft.SWA | swaft.EMA, seed: int = 0):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerate()
         naming = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=1)
         self.accelerator = Accelerator(
             cpu=True, gradient_accumulation_steps=ACCUMULATION, project_config=naming

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from launching import forget_accelerate
 
 pytestmark = pytest.mark.unit
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
@@ -18,9 +18,7 @@ def test_an_example_runs_and_leaves_a_model(script, tmp_path, monkeypatch):
     try:
         runpy.run_path(str(script), run_name="__main__")
     finally:
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
-        PartialState._reset_state()
+        forget_accelerate()
     written = [path.parent.name for path in tmp_path.glob("final*/*.safetensors")]
     assert written in (["final-averaged"], ["final"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -14,13 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from tiny_trainer import sft_trainer, trainer
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from user_scripts import RUNS, SAVED, STEPS, VARIANTS, run_script
+from user_scripts import RUNS, SAVED, STEPS, VARIANTS, forget_engine, run_script
 
 import swaft
 from swaft.integrations.transformers import NoiseCallback, WeightAveragingCallback, averaged_weights
@@ -52,11 +49,7 @@ def started(
     build: Callable[..., Trainer], engine: str, folder: Path, *callbacks: Any, **settings: Any
 ) -> Trainer:
     """A Trainer under an engine, nothing left of the one before."""
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    PartialState._reset_state()
-    unset_hf_deepspeed_config()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left behind by the engine before
+    forget_engine()
     stage = STAGES[engine]
     if stage is not None:
         settings["deepspeed"] = {

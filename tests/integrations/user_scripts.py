@@ -116,6 +116,15 @@ class Recorder(TrainerCallback):
         }
 
 
+def forget_engine() -> None:
+    """Let another engine start in these ranks as if none had before."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    PartialState._reset_state()
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
 def run_script(
     folder: Path, stage: int, variant: str, output: str = "", stopped: Callable[[], None] | None = None
 ) -> dict[int, dict[str, torch.Tensor]]:
@@ -128,11 +137,7 @@ def run_script(
         output: folder of the run, inside the first; by default called as the variant.
         stopped: called in the middle of the run.
     """
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    PartialState._reset_state()
-    unset_hf_deepspeed_config()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left behind by the engine before
+    forget_engine()
     settings = folder / f"settings-{os.environ['RANK']}.json"
     paths = {
         "model_name_or_path": folder / "model",

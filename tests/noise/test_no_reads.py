@@ -58,7 +58,7 @@ def without_numbers(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "kind"), [*product(("t5", "gpt2", "bert"), OBJECTIVES), ("bart", "R3F"), ("gemma2", "R3F")]
 )
-def test_a_step_of_an_objective(name, kind):
+def test_a_step_of_an_objective_reads_no_number(name, kind):
     build, make = MODELS[name]
     model, batch = build().to(META).train(), {key: each.to(META) for key, each in make().items()}
     # transformers reads whether an encoder's mask is full, and a decoder's unless it computes plain attention, and
@@ -85,7 +85,7 @@ def on_a_card(device: torch.device, dtype: torch.dtype) -> linear._Arithmetic:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["difference", "direct"])
-def test_the_loss_inside_the_head(monkeypatch, form, dtype):
+def test_the_loss_inside_the_head_reads_no_number(monkeypatch, form, dtype):
     monkeypatch.setattr(linear._Arithmetic, "of", on_a_card)
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_the_loss_inside_the_head(monkeypatch, form, dtype):
         assert {each.device for each in found} == {META}
 
 
-def test_the_loss_of_logits():
+def test_the_loss_of_logits_reads_no_number():
     logits = torch.empty(4, 7, 33, device=META, requires_grad=True)
     rows = {"token_weight": torch.empty(4, 7, device=META), "kl_normalizer": torch.tensor(3.0)}
     mask = torch.empty(4, 7, dtype=torch.bool, device=META)

@@ -5,8 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
-from launching import load_recipe
+from launching import forget_accelerate, load_recipe
 from tiny_inputs import save_model, save_rows
 from tiny_questions import save_questions, save_reader
 from tiny_texts import NEW_MODEL, save_decoder, save_pairs
@@ -157,8 +156,7 @@ def fresh_accelerate(monkeypatch) -> None:
     """Let a recipe start in this process as if none had before it."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
 
 
 @pytest.fixture

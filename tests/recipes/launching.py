@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from accelerate.state import AcceleratorState, GradientState
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240
 
@@ -88,6 +90,12 @@ def launch_alike(config_files: Sequence[str], recipe: str, config: Path, folder:
         assert finished.code == 0, finished.err
         assert re.search(r"step (\d+)/\1 \| loss ", finished.out)
     return outputs
+
+
+def forget_accelerate() -> None:
+    """Let accelerate start in this process as if nothing had before: it keeps its state in singletons."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def load_recipe(name: str) -> ModuleType:

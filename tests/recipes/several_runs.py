@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from launching import load_recipe
+from launching import forget_accelerate, load_recipe
 
 from swaft.training.launch.failure import leave
 
@@ -35,8 +34,7 @@ def main(runs: list[tuple[str, str | dict[str, str], list[str]]]) -> int:
         if code := load_recipe(recipe).main(arguments):
             sys.stderr.write(f"{recipe} {launched} {' '.join(arguments)} failed\n")
             return code
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerate()
     return 0
 
 

@@ -45,7 +45,7 @@ def test_the_kept_folder_scores_what_the_summary_says_of_it(run, inputs, kind):
     assert "stopped_early_at" not in summary
 
 
-@pytest.mark.parametrize("rule", ["swa", "ema", "lawa", "bema", "power_ema", "windows"])
+@pytest.mark.parametrize("rule", ["swa", "lawa", "power_ema", "windows"])
 def test_a_run_that_no_longer_gets_better_ends_early_with_everything_saved(run, inputs, rule):
     output, summary, said = run(
         *STANDING_STILL,

@@ -62,7 +62,7 @@ def test_a_task_of_glue_has_its_metric_however_it_is_named(classification, input
     assert classification.choose_metric(config, task).name == metric
 
 
-def test_the_metric_follows_a_kept_head_whose_order_is_another(classification, inputs, tmp_path):
+def test_the_metric_follows_a_kept_head_whose_order_is_another(classification, tmp_path):
     folder = Path(save_model(tmp_path / "model"))
     named = AutoConfig.from_pretrained(folder, id2label={0: "yes", 1: "no"})
     BertForSequenceClassification.from_pretrained(folder, config=named).save_pretrained(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -86,12 +87,19 @@ TYPES = {
     for kind in mapping
     if kind.model_type not in NEED_A_PACKAGE
 }
-every_type = pytest.mark.parametrize(
-    ("recipe", "name"),
-    [pytest.param(*key, marks=() if key in SAMPLE else pytest.mark.slow) for key in sorted(TYPES)],
-)
 
 
+def is_refused(recipe: str, name: str) -> bool:
+    """Whether models of a type are no matter for a recipe, whatever their settings."""
+    return name in NOT_FROM_TEXT or (recipe == "seq2seq" and not TYPES[recipe, name][0]().is_encoder_decoder)
+
+
+def of_types(keys: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
+    some = [pytest.param(*key, marks=() if key in SAMPLE else pytest.mark.slow) for key in sorted(keys)]
+    return pytest.mark.parametrize(("recipe", "name"), some)
+
+
+READ_TEXT = [key for key in TYPES if not is_refused(*key)]
 new_type = pytest.mark.parametrize(
     "name",
     [
@@ -177,11 +185,6 @@ def launch(recipe: ModuleType, settings: list[str], reopen: type) -> list[str]:
     return []
 
 
-def is_refused(recipe: str, name: str) -> bool:
-    """Whether models of a type are no matter for a recipe, whatever their settings."""
-    return name in NOT_FROM_TEXT or (recipe == "seq2seq" and not TYPES[recipe, name][0]().is_encoder_decoder)
-
-
 def try_both_ways(recipe: str, name: str, module: ModuleType, settings: list[str], output: Path) -> list[str]:
     """Validate and launch a run with noise, and without where it is refused; returns what became of each."""
     outcomes = []
@@ -208,7 +211,7 @@ def common(recipe: str, texts: Path) -> list[str]:
     ]
 
 
-@every_type
+@of_types(TYPES)
 def test_a_type_trains_or_is_refused_by_validate_and_a_launch_alike(
     recipe, name, texts, tmp_path, request, record_property
 ):
@@ -237,10 +240,8 @@ def test_a_new_model_of_a_type_trains_or_is_refused_alike(name, texts, tmp_path,
     record_property("type", ["seq2seq", f"{name} (new)", *outcomes])
 
 
-@every_type
+@of_types(READ_TEXT)
 def test_a_type_takes_as_many_tokens_as_it_is_said_to_take_and_no_more_from_padding_on(recipe, name):
-    if is_refused(recipe, name):
-        pytest.skip("is refused for its type")
     config = tiny(recipe, name)
     model = TYPES[recipe, name][1](config).eval()
     source, target = (min(longest_input(config, None, decoder=decoder), 200) for decoder in (False, True))
@@ -251,10 +252,8 @@ def test_a_type_takes_as_many_tokens_as_it_is_said_to_take_and_no_more_from_padd
                 model(**batch(recipe, config, source + 1, target))
 
 
-@every_type
+@of_types(key for key in READ_TEXT if key[1] not in ROUTE_AMONG_MODULES)  # which several ranks refuse
 def test_a_type_with_weights_that_text_leaves_unused_is_known_to_ddp(recipe, name):
-    if is_refused(recipe, name) or name in ROUTE_AMONG_MODULES:
-        pytest.skip("is refused for its type, on several ranks at least")
     config = tiny(recipe, name)
     keep_all_layers(config, 2)
     model = TYPES[recipe, name][1](config).train()

@@ -7,7 +7,6 @@ the docs of Hugging Face ship; the names say whose style it is.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from swaft.training.launch.deepspeed_extension import use_environment
 from swaft.training.launch.launcher import read_launch
 from swaft.training.planning.preflight import Preflight, check_run
 
-pytestmark = pytest.mark.recipe
+pytestmark = [pytest.mark.recipe, pytest.mark.usefixtures("launched_by_nothing")]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -56,14 +55,6 @@ ENGINES = {
     "trl_zero3": "deepspeed-zero3",
 }
 """What starts by a file that is no DeepSpeed file."""
-
-
-@pytest.fixture(autouse=True)
-def launched_by_nothing(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-    for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "FSDP_")) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            monkeypatch.delenv(name)
 
 
 def words(name: str) -> list[str]:

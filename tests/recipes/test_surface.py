@@ -49,7 +49,7 @@ def losses_of(run: Path) -> list[float]:
     ],
     ids=["classification", "adapters", "question answering", "text generation", "causal lm"],
 )
-def test_the_ends_of_the_line_are_the_losses_that_the_run_found(recipe, words, request, tmp_path, capsys):
+def test_the_ends_of_the_line_are_the_losses_that_the_run_found(recipe, words, request, tmp_path):
     inputs = {"classification": "inputs", "question_answering": "question_inputs", "seq2seq": "text_inputs"}
     config = CAUSAL
     if recipe in inputs:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
-from engines import ENGINES, batch, prepared
+from engines import ENGINES, prepared
+from models import batch
 from safetensors.torch import load_file
 
 import swaft

@@ -150,9 +150,8 @@ BAD_PATHS = [
 ]
 
 
-@pytest.mark.parametrize("where", ["files", "sealed"])
-@pytest.mark.parametrize("bad", BAD_PATHS)
-def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path, bad, where):
+@pytest.mark.parametrize(("where", "bad"), [*(("files", bad) for bad in BAD_PATHS), ("sealed", "../outside")])
+def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path, where, bad):
     make_folder(tmp_path / "x")
     (tmp_path / "outside").write_bytes(b"abc")
     value = {"bytes": 3, "sha256": SHA} if where == "files" else SHA

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
+from launching import forget_accelerate
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch) -> Iterator[None]:
-    """accelerate keeps its state in singletons; every test starts and leaves it blank."""
+    """Every test starts and leaves accelerate blank."""
     for name in (
         "RANK",
         "WORLD_SIZE",
@@ -19,9 +19,9 @@ def one_process(monkeypatch) -> Iterator[None]:
         "ACCELERATE_MIXED_PRECISION",
     ):
         monkeypatch.delenv(name, raising=False)
-    _forget()
+    forget_accelerate()
     yield
-    _forget()
+    forget_accelerate()
 
 
 @pytest.fixture
@@ -43,8 +43,3 @@ def run(make_accelerator, tmp_path):
         return train(make_accelerator, model, rows, **(folder | settings))
 
     return call
-
-
-def _forget() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()

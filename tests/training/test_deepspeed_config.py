@@ -178,13 +178,18 @@ def test_an_optimizer_the_recipe_does_not_train_with_is_refused(optimizer):
     assert "AdamW" in problem
 
 
-@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
 @pytest.mark.parametrize(
-    "params",
+    ("kind", "params"),
     [
-        dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
-        {"warmup_min_lr": 0, "warmup_max_lr": 3e-5, "warmup_num_steps": 100, "warmup_type": "linear"},
-        {},
+        (
+            "WarmupDecayLR",
+            dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
+        ),
+        (
+            "WarmupLR",
+            {"warmup_min_lr": 0, "warmup_max_lr": 3e-5, "warmup_num_steps": 100, "warmup_type": "linear"},
+        ),
+        ("WarmupCosineLR", {}),
     ],
 )
 def test_a_scheduler_block_that_agrees_is_set_aside_with_one_line(kind, params):

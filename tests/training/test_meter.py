@@ -95,7 +95,7 @@ def test_values_that_are_not_numbers_under_the_first_names_are_refused(make_acce
         Meter(make_accelerator()).add({"f1": 1.0}, count=one, tokens=one)
 
 
-def test_training_rows_of_like_length_come_together_in_every_recipe(make_accelerator):
+def test_training_rows_of_like_length_come_together():
     from datasets import Dataset
 
     from swaft.training.config import TrainConfig

@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_refused_with_what_there_is(monkeypatch):
         machine.require_host_memory(Ranks(), int(3.1 * 2**30))
 
 
-def test_all_ranks_of_a_node_share_its_memory(monkeypatch):
+def test_all_ranks_of_a_node_share_its_memory():
     class FourRanks(Ranks):
         def gather(self, value):
             return [

@@ -129,14 +129,18 @@ def test_numpy_numbers_are_taken_for_what_they_are():
     ("options", "named"),
     [
         ({"start": 11}, "start"),
-        ({"start": 10}, "start"),
         ({"start": 1.5}, "start"),
         ({"start": -1}, "start"),
         ({"start": "late"}, "start"),
-        ({"every": 0}, "every"),
         ({"every": 1.5}, "every"),
     ],
 )
+def test_a_start_or_interval_that_does_not_fit_the_run_is_named(options, named):
+    with pytest.raises(ConfigError, match=rf"{named}(=| is )"):
+        replace(SWA(), **options).plan(10)
+
+
+@pytest.mark.parametrize(("options", "named"), [({"start": 10}, "start"), ({"every": 0}, "every")])
 @pytest.mark.parametrize(
     "rule",
     [
@@ -150,7 +154,7 @@ def test_numpy_numbers_are_taken_for_what_they_are():
     ],
     ids=lambda rule: type(rule).__name__,
 )
-def test_a_start_or_interval_that_does_not_fit_the_run_is_named(rule, options, named):
+def test_every_rule_checks_its_start_and_its_interval(rule, options, named):
     with pytest.raises(ConfigError, match=rf"{named}(=| is )"):
         replace(rule, **options).plan(10)
 

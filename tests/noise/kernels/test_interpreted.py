@@ -41,5 +41,5 @@ def outcomes() -> dict[str, str | None]:
 
 @pytest.mark.timeout(TIMEOUT + 20)
 @pytest.mark.parametrize("name", kernel_checks.CHECKS)
-def test_interpreted(name, outcomes):
+def test_an_interpreted_kernel_is_right(name, outcomes):
     assert outcomes[name] is None, outcomes[name]

@@ -36,8 +36,8 @@ def relative_errors(computed, exact) -> list[float]:
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.25])
-@pytest.mark.parametrize("spread", [1e-2, 1e-1, 1.0, 3.0, 10.0, 30.0, 48.0])
-@pytest.mark.parametrize("classes", [2, 3, 100, 32128])
+@pytest.mark.parametrize("spread", [1e-2, 1.0, 10.0, 48.0])
+@pytest.mark.parametrize("classes", [2, 100, 32128])
 def test_fp32_value_and_gradients_agree_with_float64_to_one_in_a_million(classes, spread, offset):
     logits, noised_logits = pair(classes, spread, offset=offset * spread)
 

@@ -98,7 +98,7 @@ def test_the_layout_of_the_operands_does_not_matter(dtype):
         assert relative_error(ours, theirs) < 1e-6
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize(
     ("spoiled", "options"),
     [

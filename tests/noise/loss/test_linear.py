@@ -31,7 +31,7 @@ def value_and_gradients(inputs: Head, **options) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("labels", ["peaked", "any"])
-@pytest.mark.parametrize("noise", [1e-8, 1e-6, 1e-4, 1e-2, 0.1, 1.0, 2.0, 10.0])
+@pytest.mark.parametrize("noise", [1e-8, 1e-4, 0.1, 1.0, 10.0])
 def test_fp32_keeps_five_in_a_million_at_every_noise(noise, labels):
     inputs = head(noise=noise, labels=labels)
     computed = value_and_gradients(inputs, hidden_difference=inputs.hidden_difference)
@@ -46,7 +46,7 @@ def test_fp32_keeps_its_accuracy_for_passes_far_apart(noise):
 
 
 @pytest.mark.parametrize("labels", ["peaked", "any"])
-@pytest.mark.parametrize("noise", [1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 2.0])
+@pytest.mark.parametrize("noise", [1e-8, 1e-5, 1e-2, 0.5, 2.0])
 def test_bf16_operands_in_difference_form_are_right_at_every_noise(noise, labels):
     inputs = head(noise=noise, labels=labels, dtype=torch.bfloat16)
     computed = value_and_gradients(inputs, hidden_difference=inputs.hidden_difference)
@@ -55,7 +55,7 @@ def test_bf16_operands_in_difference_form_are_right_at_every_noise(noise, labels
     assert worst(computed[1:], exact[1:]) < 5e-3
 
 
-@pytest.mark.parametrize("noise", [0.05, 0.1, 0.5, 2.0, 10.0, 30.0, 60.0])
+@pytest.mark.parametrize("noise", [0.05, 0.5, 10.0, 60.0])
 def test_bf16_operands_in_direct_form_are_right_where_the_passes_are_apart(noise):
     inputs = head(noise=noise, dtype=torch.bfloat16)
     computed = value_and_gradients(inputs, form="direct")

@@ -42,8 +42,8 @@ def errors(statistics, gradients, expected) -> list[float]:
 
 @pytest.mark.parametrize("offset", [0, 30], ids=["centred", "offset 30 spreads"])
 @pytest.mark.parametrize("peak", [0.0, 10.0, 25.0])
-@pytest.mark.parametrize("spread", [1e-8, 1e-6, 1e-4, 1e-2, 0.1, 0.3])
-@pytest.mark.parametrize("classes", [3, 100, 3001])
+@pytest.mark.parametrize("spread", [1e-8, 1e-4, 1e-2, 0.3])
+@pytest.mark.parametrize("classes", [3, 3001])
 def test_near_rows_have_value_and_gradients_to_five_in_a_million_at_every_noise(
     classes, spread, peak, offset
 ):
@@ -52,11 +52,9 @@ def test_near_rows_have_value_and_gradients_to_five_in_a_million_at_every_noise(
     assert max(errors(*run(z, noise, labels), expected)) < 5e-6
 
 
-@pytest.mark.parametrize(
-    ("spread", "bar"), [(1.0, 5e-6), (3.0, 5e-6), (10.0, 5e-6), (30.0, 5e-5), (60.0, 5e-5)]
-)
+@pytest.mark.parametrize(("spread", "bar"), [(1.0, 5e-6), (10.0, 5e-6), (60.0, 5e-5)])
 @pytest.mark.parametrize("peak", [0.0, 10.0])
-@pytest.mark.parametrize("classes", [3, 100, 3001])
+@pytest.mark.parametrize("classes", [3, 3001])
 def test_far_rows_have_value_and_gradients(classes, peak, spread, bar):
     z, noise, labels = logits(classes, spread, peak=peak)
     z64, noised64 = z.double().requires_grad_(), (z.double() + noise.double()).requires_grad_()
@@ -79,8 +77,7 @@ def test_near_and_far_rows_of_one_block_keep_their_accuracy():
             assert relative_error(ours, exact) < 1e-5  # of one row, not of all
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (1e-2, 0.1)])
 @pytest.mark.parametrize("peak", [-20.0, 0.0, 20.0, 35.0, 60.0])
 def test_cross_entropy_and_its_gradient_are_right_for_a_label_of_any_probability(peak, z_loss, smoothing):
     z, noise, labels = logits(300, 0.0, peak=peak)
@@ -257,7 +254,7 @@ def test_softcapped_differences_keep_their_digits(spread):
 @pytest.mark.parametrize("ce_on_noised", [False, True])
 @pytest.mark.parametrize("detach", ["none", "clean", "noised", "target"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("spread", [1e-7, 1e-4, 0.5, 5.0])
+@pytest.mark.parametrize("spread", [1e-7, 0.5, 5.0])
 def test_every_option_together_is_what_autograd_makes_of_the_formulas(spread, softcap, detach, ce_on_noised):
     z, noise, labels = logits(31, spread, dtype=torch.float64)
     bias = torch.linspace(-1, 1, 31, dtype=torch.float64)
@@ -270,7 +267,7 @@ def test_every_option_together_is_what_autograd_makes_of_the_formulas(spread, so
 
 
 @pytest.mark.parametrize("detach", ["none", "clean", "noised", "target"])
-@pytest.mark.parametrize("spread", [0.0, 1e-8, 1e-4, 1e-2, 0.3])
+@pytest.mark.parametrize("spread", [0.0, 1e-8, 1e-4, 0.3])
 def test_the_path_of_accelerators_that_branches_on_no_number_is_as_accurate(monkeypatch, spread, detach):
     z, noise, labels = logits(500, spread, peak=5.0)
     options = {"ce": ALL_COUNT, "detach": detach}

@@ -42,9 +42,7 @@ def test_defaults_have_no_problem():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("train__learning_rate", 0.0),
         ("train__learning_rate", math.nan),
-        ("train__learning_rate", math.inf),
         ("train__num_train_epochs", 0.0),
         ("train__max_steps", 0),
         ("train__max_steps", -2),
@@ -54,9 +52,7 @@ def test_defaults_have_no_problem():
         ("train__warmup_steps", -1),
         ("train__adam_beta2", 1.0),
         ("train__output_dir", ""),
-        ("train__lr_scheduler_type", "linaer"),
         ("train__ddp_timeout", 0),
-        ("train__ddp_timeout", 10**15),
         ("data__max_seq_length", 0),
         ("data__max_train_samples", 0),
         ("averaging__start", 1.5),
@@ -88,9 +84,7 @@ def test_defaults_have_no_problem():
         ("noise__sigma", math.nan),
         ("noise__weight", -1.0),
         ("noise__kind", "r2f"),
-        ("eval__metric", "acuracy"),
         ("eval__eval_steps", 0),
-        ("track__report_to", "wanbd"),
     ],
 )
 def test_value_out_of_range_is_one_problem_that_names_its_setting(name, value):
@@ -108,7 +102,9 @@ def test_value_out_of_range_is_one_problem_that_names_its_setting(name, value):
     ],
 )
 def test_misspelt_choice_gets_a_suggestion(name, value, meant):
-    assert f"Did you mean '{meant}'?" in check_config(config(**{name: value}))[0]
+    [problem] = check_config(config(**{name: value}))
+    assert problem.startswith(name.replace("__", ".") + ":")
+    assert f"Did you mean '{meant}'?" in problem
 
 
 @pytest.mark.parametrize(
@@ -247,19 +243,16 @@ def test_defaults_of_seq2seq_have_no_problem():
         ("model__config", {"model_type": "t5"}),
         ("model__vocab_size", 4096),
         ("data__task_name", None),
-        ("data__max_train_samples", 0),
         ("data__max_source_length", 1),
         ("data__max_target_length", 0),
         ("train__label_smoothing_factor", 1.0),
         ("train__label_smoothing_factor", -0.1),
         ("train__label_smoothing_factor", math.nan),
-        ("train__learning_rate", 0.0),
         ("eval__metric", "accuracy"),
         ("eval__metric", "ruoge"),
         ("eval__num_beams", 0),
         ("eval__max_new_tokens", 0),
         ("eval__num_samples", -1),
-        ("eval__eval_steps", 0),
     ],
 )
 def test_value_out_of_range_of_seq2seq_is_one_problem_that_names_its_setting(name, value):

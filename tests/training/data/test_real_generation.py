@@ -68,7 +68,7 @@ def test_references_score_best_against_themselves(name):
     assert result.scores == dict.fromkeys(result.scores, pytest.approx(100))
 
 
-def test_lengths_of_e2e(tokenizer):
+def test_pairs_of_e2e_are_cut_at_the_length_that_is_set(tokenizer):
     splits = splits_of("e2e")
     pairs = read_pairs(splits["validation"], "validation", find_pairs(splits, Seq2SeqDataConfig()))
     found = tokenize_pairs(pairs, tokenizer, Seq2SeqDataConfig(max_source_length=48, max_target_length=64))

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.unit
         ("$5.50", "550"),
     ],
 )
-def test_normal_form(text, normal):
+def test_an_answer_is_compared_without_case_punctuation_and_articles(text, normal):
     assert normalize_answer(text) == normal
 
 
@@ -58,7 +58,7 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize(("answer", "right", "exact", "f1", "f1_v2"), GOLDEN)
-def test_golden_pairs(answer, right, exact, f1, f1_v2):
+def test_an_answer_scores_what_the_official_scripts_give_it(answer, right, exact, f1, f1_v2):
     assert exact_match(answer, right) == exact
     assert token_f1(answer, right) == pytest.approx(f1)
     assert token_f1_v2(answer, right) == pytest.approx(f1_v2)

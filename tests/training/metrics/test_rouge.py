@@ -66,7 +66,7 @@ def test_empty_prediction_scores_nothing():
         ("   ", []),
     ],
 )
-def test_sentence_rule(text, sentences):
+def test_a_text_is_split_into_its_sentences(text, sentences):
     assert split_sentences(text) == sentences
 
 
@@ -94,7 +94,7 @@ def test_coco_of_one_reference_weighs_recall_more():
         ("... !", []),
     ],
 )
-def test_coco_tokens(text, tokens):
+def test_words_for_coco_are_lower_case_and_without_punctuation(text, tokens):
     assert coco_tokens(text) == tokens
 
 
