@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from swaft.cli.main import main
 from swaft.training.launch import deepspeed_extension
 from swaft.training.models.build import count_micro_batches
+from swaft.training.planning.preflight import check_run
 
 pytestmark = pytest.mark.unit
 
@@ -340,13 +341,20 @@ def test_the_launch_is_told_where_its_precision_cannot_be(validate):
     assert printed.startswith("launch     2 ranks, DeepSpeed ZeRO-3\n")
 
 
-def test_a_lock_is_no_problem_where_there_is_no_deepspeed_to_wait_for_it(told, monkeypatch, tmp_path):
+def test_a_lock_is_a_problem_only_where_there_is_a_deepspeed_to_wait_for_it(told, monkeypatch, tmp_path):
     lock = tmp_path / "lock"
     lock.touch()
     os.utime(lock, (time.time() - 3600, time.time() - 3600))
-    monkeypatch.setattr(deepspeed_extension, "build_folder", lambda: tmp_path)
+    monkeypatch.setattr(deepspeed_extension, "build_folder", lambda *_: tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert told("classification", launch="ddp_cpu") == []
+    own = tmp_path / "own.py"
+    own.touch()
+    assert check_run(["--config_file", str(FILES["ddp_cpu"]), str(own)]).problems == []
+    [problem] = check_run(
+        ["--config_file", str(FILES["zero2"]), "--mixed_precision", "bf16", str(own)]
+    ).problems
+    assert str(lock) in problem
 
 
 @pytest.mark.parametrize("command", ["validate", "env"])
