@@ -89,7 +89,8 @@ class Ranks:
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._patient if patiently else self._group)
+        with _explained():
+            dist.all_gather_object(values, value, group=self._patient if patiently else self._group)
         return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -143,11 +144,13 @@ class Ranks:
 
     def send(self, tensor: torch.Tensor, *, to: int) -> None:
         """Send a host tensor to rank ``to``, which may take up to ``PATIENCE`` to ask for it."""
-        dist.send(tensor, dst=to, group=self._patient)
+        with _explained():
+            dist.send(tensor, dst=to, group=self._patient)
 
     def receive(self, tensor: torch.Tensor, *, source: int) -> None:
         """Receive a host tensor from rank ``source``, which may take up to ``PATIENCE``, into ``tensor``."""
-        dist.recv(tensor, src=source, group=self._patient)
+        with _explained():
+            dist.recv(tensor, src=source, group=self._patient)
 
     def all_arrive(self) -> bool:
         """Whether every rank reaches this point within ``ARRIVAL_TIMEOUT_S``; for error handling.
@@ -179,14 +182,30 @@ class Channel:
         if self._group is None:
             return list(values)
         message = torch.tensor(values, dtype=torch.float64, device="cpu")
-        dist.all_reduce(message, group=self._group)
+        with _explained():
+            dist.all_reduce(message, group=self._group)
         return message.tolist()
 
     def close(self) -> None:
         """Release the group's threads and sockets."""
         if self._group is not None and dist.is_initialized():
-            dist.destroy_process_group(self._group)
+            with suppress(ValueError):  # it has ended with the processes' group, and there is a new one
+                dist.destroy_process_group(self._group)
         self._group = None
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Context that adds to gloo's error what the user may have to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(
+            "swaft waited here for another rank, which has ended or is somewhere else; if no other error came "
+            "first, expected every rank to make the same calls of the averager, in the same order (none of them "
+            "inside `if accelerator.is_main_process:`)"
+        )
+        raise
 
 
 def _gloo_group(*, at_least: timedelta = timedelta(), at_most: timedelta = timedelta.max) -> Any:

@@ -379,7 +379,7 @@ class WeightAverager:
         if applied < before:
             raise AveragingError(
                 f"the engine's step count went back from {before} to {applied}: a checkpoint was loaded after the "
-                "averager was attached; attach a new averager after loading"
+                "averager was attached; load its averages too (averager.load_state), or attach a new averager then"
             )
         refuse_missed(self._plans.values(), before, applied)
 

@@ -18,6 +18,7 @@ from swaft.noise.checks import (
     check_two_masks,
     check_uncompiled,
     generates,
+    layers,
     predicts_tokens,
     unwrap,
 )
@@ -87,7 +88,10 @@ class ObjectiveOutput:
 
 
 class Proved(WeakSet[nn.Module]):
-    """Models on which an objective has made its proof; a copy of it, in another process say, has none of them."""
+    """Models on which an objective has made its proof, with what they wrap: one rank may evaluate that alone.
+
+    A copy, in another process say, has none of them.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -186,7 +190,7 @@ class TaskLoss(Resumable):
         if model not in self._proved:
             of_proof = PRESETS["rdrop"][0]  # no noise, and no masks to share between passes
             if prove(model, batch, Disturbance(None, of_proof, "label smoothing"), head=None):
-                self._proved.add(model)
+                self._proved.update(layers(model))
         logits = task_logits(model(**inputs.arguments))
         loss = mean_cross_entropy(logits.float(), inputs, label_smoothing=self.label_smoothing)
         num_items = count_items(inputs.targets)
@@ -254,7 +258,7 @@ class TwoPasses(Resumable):
 
         The first call with a model proves, with one or two extra passes without gradients, that the model's own
         loss is the one computed here, that its head is understood, and that the noise reaches the network. All
-        ranks must make this call.
+        ranks must make this call; later, one may evaluate the model inside its wrappers alone.
 
         Args:
             model: the model as returned by ``accelerator.prepare``. A call with gradients is a step of training.
@@ -279,7 +283,7 @@ class TwoPasses(Resumable):
             )
         noise = Disturbance(site, settings, name, self._draw, real_tokens(inputs.arguments))
         if model not in self._proved and prove(model, batch, noise, head=head):
-            self._proved.add(model)
+            self._proved.update(layers(model))
 
         form = choose_form(inputs, settings, weight=self.weight, head=head, objective=name)
         loss, logits, embedded = run_passes(model, form, noise)

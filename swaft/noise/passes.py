@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from swaft.errors import NoiseError
 from swaft.noise.checks import check_rows, layers
 from swaft.noise.embedding import Disturbance, Embedded, embedding_hook
 from swaft.noise.head import LanguageModelHead, LossSlot, placeholder
@@ -222,6 +223,8 @@ def run_passes(
                 lambda: forward(arguments, noised=not noised_first),
                 lambda last: (last, first) if noised_first else (first, last),
             )
+        _search_both_passes(model, loss.loss)
+    _require_engine_backward(model, loss.loss, noise.objective)
     return loss, logits, embedded[0] if embedded else None
 
 
@@ -233,3 +236,38 @@ def _keep_buffers(model: nn.Module) -> None:
     for layer in layers(model):
         if isinstance(layer, DistributedDataParallel):
             layer.require_forward_param_sync = False  # the pass itself resets it
+
+
+def _search_both_passes(model: nn.Module, loss: Tensor) -> None:
+    """Have DDP look for unused parameters in the graph of both passes: it has searched that of the last one.
+
+    Otherwise one that only the first pass uses (a layer that LayerDrop leaves out of the last) counts as unused,
+    and its gradient is an error.
+    """
+    for layer in layers(model):
+        if not (isinstance(layer, DistributedDataParallel) and loss.requires_grad):
+            continue
+        if layer.find_unused_parameters and not layer.static_graph and layer.require_backward_grad_sync:
+            layer.reducer.prepare_for_backward([loss])
+
+
+def _require_engine_backward(model: nn.Module, loss: Tensor, objective: str) -> None:
+    """Refuse a backward pass that a DeepSpeed engine does not run itself.
+
+    The engine then scales and reduces gradients by hooks on the outputs of its forwards, and these expect one
+    forward a step, and a loss that is made of its output.
+
+    Raises:
+        NoiseError: in the backward pass.
+    """
+
+    def check(_: Tensor) -> None:
+        if not model._running_engine_backward:
+            raise NoiseError(
+                f"The loss of {objective} was given to loss.backward() under DeepSpeed, which then loses "
+                "gradients of steps with two passes, or does not divide them by gradient_accumulation_steps; "
+                "expected engine.backward(out.loss), as accelerator.backward(out.loss) calls it."
+            )
+
+    if loss.requires_grad and hasattr(model, "_running_engine_backward"):
+        loss.register_hook(check)

@@ -72,9 +72,9 @@ def write_together(
     Raises:
         StateError: a rank could not write. Raised on every rank, and the unfinished folder is removed.
     """
-    folder = final = Path(path)
+    # That of rank 0, should the ranks name different ones (by the time, say); links stay.
+    folder = final = Path(ranks.gather(os.path.realpath(path))[0])
     if overwrites is not None:
-        final = Path(ranks.gather(os.path.realpath(path))[0])  # links stay
         folder = beside(final, "new")
     with ranks.together():
         if ranks.is_main:

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from engines import ENGINES, EngineCase, full_masters, prepared
 from harness import worker_main
 from models import batch, language_batch, tiny_bart, tiny_bert, tiny_gpt2, tiny_t5, translation_batch
-from run_on_ranks import load_plainly, logits, shared_folder
+from run_on_ranks import load_plainly, logits, raised_on_every_rank, shared_folder
 from torch.nn.parallel import DistributedDataParallel
 
 import swaft
+from swaft.errors import NoiseError
 
 STEPS, ACCUMULATION, LEARNING_RATE = 3, 2, 0.5
 UNCLIPPED = {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
@@ -149,6 +150,14 @@ def fp32_case():
         assert calls.call_count == STEPS, calls.call_count
 
     yield "DDP sends the buffers once a step, not between the two passes", buffers_sent
+
+    def backward_without_the_engine():
+        _, model, _ = prepared(FP32["zero2"], model=BERT.build(), build_optimizer=sgd)
+        model.train()
+        out = r3f()(model, batch(0, dist.get_rank()))
+        raised_on_every_rank(NoiseError, "expected engine.backward", out.loss.backward)
+
+    yield "a backward pass that DeepSpeed's engine does not run is refused", backward_without_the_engine
 
 
 def fused_case():

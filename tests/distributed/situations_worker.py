@@ -14,6 +14,7 @@ from models import MODELS, Uneven, tiny_gpt2, uneven
 from run_on_ranks import logits, mean_in_one_process, raised_on_every_rank, same_bits, shared_folder
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.parametrize import register_parametrization
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -106,6 +107,18 @@ def counting():
         same_average("zero2 bf16", {"bad": {2, 5}}, [0, 1, 6, 7], accumulation=2, steps=2)
 
     yield "zero2 bf16, steps skipped for their first or their last micro-batch", skipped_for_one_micro_batch
+
+    def state_filled_by_a_step():
+        accelerator, model, optimizer = prepared(ENGINES["fsdp2 fp32"], model=uneven())
+        averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=99)
+        get_state_dict(model, optimizer.optimizer)  # a checkpoint of the start
+        for step in range(2):
+            accelerator.backward(model(**_batch(model, step)).loss)
+            optimizer.step()
+            averager.step()
+        assert averager.num_averaged == 3
+
+    yield "fsdp2 fp32, a step by which torch fills the optimizer's state", state_filled_by_a_step
 
 
 def offloaded_states():

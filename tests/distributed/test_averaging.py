@@ -94,7 +94,7 @@ def situations(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("case", "checks"),
     [
-        ("counting", 13),
+        ("counting", 14),
         ("offloaded states", 4),
         ("compiled", 8),
         ("gathered root", 2),

@@ -19,7 +19,7 @@ def findings(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("case", "expected"),
-    [("fp32", 7), ("fused", 15), ("bf16", 5), ("r4f", 4)],
+    [("fp32", 8), ("fused", 15), ("bf16", 5), ("r4f", 4)],
     ids=["as one process", "fused", "bf16", "r4f"],
 )
 def test_two_passes_and_one_backward_hold_under_every_engine(case, expected, findings):

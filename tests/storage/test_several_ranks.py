@@ -67,3 +67,14 @@ def test_the_manifest_lists_what_every_rank_has_written(tmp_path):
 
     write_together(OneOfTwo(0, other), tmp_path / "x", kind="test", write=write, content={})
     assert read_manifest(tmp_path / "x", kind="test").files.keys() == {"mine", "theirs"}
+
+
+def test_ranks_that_name_different_folders_write_that_of_the_first(tmp_path):
+    """As where the name holds the time."""
+    (tmp_path / "x").mkdir()
+    ranks = OneOfTwo(1, lambda mine: str(tmp_path / "x") if isinstance(mine, str) else mine)
+    written = []
+    write_together(
+        ranks, tmp_path / "y", kind="test", write=lambda folder: written.append(folder) or {}, content={}
+    )
+    assert written == [tmp_path / "x"]

@@ -74,6 +74,16 @@ def test_weights_on_their_way_to_a_slow_disk_have_the_time_of_the_disk(two_ranks
     assert two_ranks.used[3] == {}
 
 
+def test_a_rank_that_waits_in_vain_says_which_calls_every_rank_must_make(two_ranks, monkeypatch):
+    def times_out(*_, **__):
+        raise RuntimeError("Timed out waiting 1800000ms for recv operation to complete")
+
+    monkeypatch.setattr(dist, "all_gather_object", times_out)
+    with pytest.raises(RuntimeError, match="Timed out") as found:
+        two_ranks.ranks.gather(None)
+    assert "every rank to make the same calls of the averager" in found.value.__notes__[0]
+
+
 def test_more_ranks_than_a_shells_limit_of_open_files_can_meet(request):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, before))

@@ -62,7 +62,7 @@ def _attach_torch(model: nn.Module, optimizers: Sequence[Any]) -> Engine:
         )
         raise UnsupportedEngineError(
             f"the optimizer is {found}, expected a torch.optim.Optimizer, or several in a list, the last to step "
-            "at the end; pass model and optimizer as `accelerator.prepare` returned them"
+            "at the end; pass model and optimizer as `accelerator.prepare` returned them, or `deepspeed.initialize`"
         )
     for each in optimizers:
         if not hasattr(each, "_optimizer_step_pre_hooks"):  # what torch's own __init__ sets
@@ -101,8 +101,9 @@ def _attach_torch(model: nn.Module, optimizers: Sequence[Any]) -> Engine:
     if not wrapped and is_distributed() and dist.get_world_size() > 1:
         raise UnsupportedEngineError(
             f"{dist.get_world_size()} ranks train, but the model is a bare {type(model).__name__}; expected what "
-            "`accelerator.prepare` returns: attach after it. On a CPU accelerate wraps the model only with "
-            "Accelerator(cpu=True), or TrainingArguments(use_cpu=True)"
+            "`accelerator.prepare` returns (attach after it), a DistributedDataParallel or DeepSpeed's engine, not "
+            "their `module`. On a CPU accelerate wraps the model only with Accelerator(cpu=True), or "
+            "TrainingArguments(use_cpu=True)"
         )
     devices = {parameter.device for parameter in module.parameters() if parameter.requires_grad}
     if len(devices) > 1 or torch.device("meta") in devices:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swaft.averaging.engines.steps import hook_weakly
+from swaft.averaging.engines.steps import fills_state, hook_weakly
 from swaft.averaging.layout import Fragment, Span, check_coverage, clean_name, cut, merge, section
 from swaft.averaging.swap import Swap, rescales, swap_of
 from swaft.distributed import shared_ranks
@@ -378,6 +378,8 @@ class Engine(ABC):
         return (shard.narrow(0, piece.shard_offset, piece.numel) for piece in self._pieces)
 
     def _before_step(self, *_: object) -> None:
+        if fills_state():
+            return
         if self.swap.active:
             raise AveragingError(
                 "an optimizer step was taken while the averaged weights are swapped in; expected evaluation "

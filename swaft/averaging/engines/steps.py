@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,17 @@ def steps_taken(*optimizers: Optimizer) -> int | None:
     if not steps and any(states):
         return None
     return max(steps, default=0)
+
+
+def fills_state() -> bool:
+    """Whether the step that is being taken is only torch's way to fill an empty optimizer state.
+
+    `torch.distributed.checkpoint.state_dict` takes it, at rate 0 on zero gradients, before it saves or loads one.
+    """
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back
+    return frame is not None
 
 
 def require_same(settings: Sequence[str]) -> None:
@@ -155,7 +167,8 @@ class StepCounter:
 
     Of several that train together, the last one's steps are counted. The count starts from their state
     (:func:`steps_taken`), or from 0 if the state has no count, and restarts from it when a state is loaded. It
-    hooks the optimizers themselves, so neither a micro-batch nor a step that a loss scaler skips is counted.
+    hooks the optimizers themselves, so neither a micro-batch nor a step that a loss scaler skips is counted, nor
+    one that only fills an empty state (:func:`fills_state`).
 
     If a newer counter counts the steps of that other optimizer, this one is `superseded`, and silent. So training
     may begin again although something still holds the old averager (a traceback, a notebook's output).
@@ -191,6 +204,9 @@ class StepCounter:
         self.count = self.count if known is None else known
 
     def _before(self, optimizer: Optimizer, *_: object) -> None:
+        if fills_state():
+            self._inside = False  # so that its end does not count either
+            return
         if optimizer in self._optimizers:
             self._calls += 1
             self._inside = True

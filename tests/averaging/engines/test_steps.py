@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import optimizer as torch_optimizer
 
@@ -284,6 +285,35 @@ def test_a_state_that_is_loaded_after_attaching_moves_the_count_to_its_step():
     optimizer.step()
     averager.step()
     assert (averager.applied_steps, averager.num_averaged) == (13, 1)
+
+
+@pytest.mark.parametrize("build", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_with_which_torch_only_fills_an_empty_state_is_none(build):
+    """As it takes one at each checkpoint of an optimizer without state, and at the first one of the others."""
+    model, optimizer = trained_by(build)
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        state = get_optimizer_state_dict(model, optimizer)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        averager.step()
+    assert averager.applied_steps == 2
+    assert averager.num_averaged == 3
+    with averager.swapped_in():
+        optimizer.zero_grad()
+        get_optimizer_state_dict(model, optimizer)
+    other, its = trained_by(build)
+    its.zero_grad()
+    late = swaft.WeightAverager(other, its, rule=swaft.SWA(start=0), total_steps=4)
+    set_optimizer_state_dict(other, its, state)
+    other.load_state_dict(model.state_dict())
+    other(torch.ones(1, 3)).sum().backward()
+    its.step()
+    with pytest.raises(
+        AveragingError, match=r"load weights before|after a checkpoint was loaded, not before"
+    ):
+        late.step()
 
 
 def test_a_run_past_its_end_is_refused_as_its_length_must_be_that_of_a_part():

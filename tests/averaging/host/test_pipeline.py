@@ -350,14 +350,15 @@ def test_a_fault_on_this_rank_ends_averaging_with_its_cause_and_does_not_hang():
 
 
 def test_a_fault_after_the_verdict_reaches_the_other_ranks_with_the_next_member():
-    messages = []
+    messages, full = [], OSError("no space left")
+    full.add_note("name another disk")
     with pipeline("host", sum_over_ranks=lambda v: messages.append(v) or v) as (line, source, lanes):
-        with mock.patch.object(lanes["swa"], "take", side_effect=OSError("no space left")):
+        with mock.patch.object(lanes["swa"], "take", side_effect=full):
             line.submit(source, masters(0), step=0, rules=("swa",))
             line.raise_if_refused()  # all ranks had agreed on this one
             line._latest.done.wait()
         line.submit(source, masters(1), step=1, rules=("swa",))
-        with pytest.raises(AveragingError, match="no space left"):
+        with pytest.raises(AveragingError, match="no space left; name another disk; no more"):
             line.raise_if_refused()
         assert [healthy for _, healthy, _, _ in messages] == [True, False]
 
