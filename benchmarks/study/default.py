@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from benchmarks.study.arms import BASELINES, Kept, cost_of
 from benchmarks.study.grid import CHOOSING, CONFIRMING, DECIDING_SEEDS, GENERAL, MAIN
-from benchmarks.study.statistics import Comparison, can_be_below
+from benchmarks.study.statistics import Comparison, can_be_below, tasks_needed
 from benchmarks.study.trainings import TRAININGS
 
 KINDS = {1: "averaging", 2: "objective"}
@@ -166,7 +166,7 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
         if lost := _unfinished(kept, units):
             names = ", ".join(f"`{name}`" for name in lost)
             told += f" Not measured on all of them, because no result on the rest could change that: {names}."
-        return told
+        return told + _best_score(kept, units)
     told = (
         f"**Recommended {kind}: `{arm}`** against `{base}`. Chosen on seeds {DECIDING_SEEDS[0]} to "
         f"{DECIDING_SEEDS[-1]} of the choosing tasks: {differences(kept, arm, CHOOSING, seeds=DECIDING_SEEDS)}."
@@ -180,7 +180,35 @@ def _tell(kept: Kept, units: int, kind: str) -> str:
     if not covers(kept.from_baseline("main", arm, "loss", tasks=CONFIRMING), CONFIRMING):
         return f"{told}. The confirming tasks have not all been measured yet."
     told += f"; on the confirming tasks: {differences(kept, arm, CONFIRMING)}"
-    return f"{told}; on all eight: {differences(kept, arm, ALL)}."
+    return f"{told}; on all eight: {differences(kept, arm, ALL)}. {_what_it_takes(kept, arm, ALL)}"
+
+
+def _best_score(kept: Kept, units: int) -> str:
+    """The objective with the highest score, and what it would take to be ahead; empty if there is none."""
+    scores = {
+        arm: score.overall.mean
+        for arm, _, score in _measured(kept, units)
+        if units > 1 and covers(score) and score.overall is not None
+    }
+    if not scores:
+        return ""
+    arm = max(scores, key=lambda arm: scores[arm])
+    return (
+        f" Of the readouts measured on all of them, `{arm}` has the highest score: "
+        f"{differences(kept, arm, CHOOSING)}. {_what_it_takes(kept, arm, CHOOSING)}"
+    )
+
+
+def _what_it_takes(kept: Kept, arm: str, tasks: Sequence[str]) -> str:
+    """What it would take for the interval of the score to exclude 0."""
+    score = kept.from_baseline("main", arm, "score", tasks=tasks)
+    assert score is not None
+    assert score.overall is not None
+    if score.overall.low > 0:
+        return "The interval of its score excludes 0."
+    if (needed := tasks_needed(score)) is None:
+        return "More tasks like these would not put its score ahead: the mean is not above 0."
+    return f"With tasks as different as these, the interval of its score excludes 0 from about {needed} tasks on."
 
 
 def quote(text: str, kept: Kept) -> str:

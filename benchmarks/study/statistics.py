@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -114,6 +115,19 @@ def can_be_below(known: Sequence[float], count: int) -> bool:
     needed = quantile**2 * count / (count - 1 + quantile**2)
     total, squares = sum(known), sum(value**2 for value in known)
     return count - len(known) + (total**2 / squares if total < 0 else 0) > needed
+
+
+def tasks_needed(found: Comparison) -> int | None:
+    """The fewest tasks, as different as those measured, with which Student's t interval would lie above 0; None if
+    their mean does not.
+    """
+    means = np.array([each.mean for each in found.by_task.values()])
+    if means.mean() <= 0:
+        return None
+    spread, count = means.std(ddof=1) / means.mean(), 2
+    while _quantile(count) * spread >= math.sqrt(count):
+        count += 1
+    return count
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

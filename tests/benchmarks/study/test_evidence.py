@@ -259,6 +259,15 @@ def test_an_interval_can_be_below_0_just_if_some_values_of_the_missing_tasks_mak
     assert not statistics.can_be_below([0.1], 4)
 
 
+def test_the_tasks_needed_are_the_fewest_whose_interval_excludes_0():
+    values = np.array([0.1, 0.9, -0.4, 1.6])
+    found = statistics.compare({str(i): np.array([value, value]) for i, value in enumerate(values)})
+    needed = statistics.tasks_needed(found)
+    assert needed == 13  # 2.179 * 0.881 / sqrt(13) = 0.533 < 0.55, and 2.201 * 0.881 / sqrt(12) = 0.560
+    below = statistics.compare({str(i): np.array([-value, -value]) for i, value in enumerate(values)})
+    assert statistics.tasks_needed(below) is None
+
+
 def test_an_objective_must_gain_more_than_its_readout_does_with_the_plain_loss():
     twice = [name for name in grid.MAIN if grid.TRAININGS[name].passes == 2]
     losses = {"decayed2x:last": 0.5, **{f"{name}:last": 0.6 for name in twice}, "rdrop-constant:ema-0.1": 0.4}
