@@ -273,7 +273,12 @@ def test_tasks_needed_are_more_than_those_measured_and_are_not_counted_without_e
         )
 
     assert needed(0.5, 0.5, 0.5) == 4
-    for means in [(-0.1, -0.9, 0.4, -1.6), (0.1, 0.2, -0.3), (0.5, -0.5), (0.5,)]:  # the sum of the second: 5.6e-17
+    for means in [
+        (-0.1, -0.9, 0.4, -1.6),
+        (0.1, 0.2, -0.3),
+        (0.5, -0.5),
+        (0.5,),
+    ]:  # the sum of the second: 5.6e-17
         assert needed(*means) is None
 
 
