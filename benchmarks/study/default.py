@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from benchmarks.study.arms import BASELINES, Kept, cost_of
 from benchmarks.study.grid import CHOOSING, CONFIRMING, DECIDING_SEEDS, GENERAL, MAIN
-from benchmarks.study.statistics import Comparison, can_be_below, tasks_needed
+from benchmarks.study.statistics import MOST_TASKS, Comparison, can_be_below, tasks_needed
 from benchmarks.study.trainings import TRAININGS
 
 KINDS = {1: "averaging", 2: "objective"}
@@ -206,8 +206,10 @@ def _what_it_takes(kept: Kept, arm: str, tasks: Sequence[str]) -> str:
     assert score.overall is not None
     if score.overall.low > 0:
         return "The interval of its score excludes 0."
-    if (needed := tasks_needed(score)) is None:
+    if score.overall.mean <= 0:
         return "More tasks like these would not put its score ahead: the mean is not above 0."
+    if (needed := tasks_needed(score)) is None:
+        return f"Not even {MOST_TASKS:,} tasks like these would put its score ahead: the mean is too small."
     return f"With tasks as different as these, the interval of its score excludes 0 from about {needed} tasks on."
 
 

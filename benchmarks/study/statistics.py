@@ -14,6 +14,8 @@ Pairs = Mapping[str, np.ndarray]
 
 FEWEST_TASKS = 4
 """For a mean over tasks with an interval; with fewer, the interval says next to nothing."""
+MOST_TASKS = 1000
+"""More of them are not counted."""
 RESAMPLES = 4000
 SPLITS = 100
 LEVEL = 0.95
@@ -118,16 +120,15 @@ def can_be_below(known: Sequence[float], count: int) -> bool:
 
 
 def tasks_needed(found: Comparison) -> int | None:
-    """The fewest tasks, as different as those measured, with which Student's t interval would lie above 0; None if
-    their mean does not.
+    """The fewest tasks, more than those measured and as different, with which Student's t interval would lie above
+    0; None if `MOST_TASKS` do not suffice.
     """
     means = np.array([each.mean for each in found.by_task.values()])
-    if means.mean() <= 0:
-        return None
-    spread, count = means.std(ddof=1) / means.mean(), 2
-    while _quantile(count) * spread >= math.sqrt(count):
-        count += 1
-    return count
+    mean, spread = means.mean(), means.std(ddof=1)
+    for count in range(len(means) + 1, MOST_TASKS + 1):
+        if _quantile(count) * spread < math.sqrt(count) * mean:
+            return count
+    return None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -72,8 +72,10 @@ def write_together(
     Raises:
         StateError: a rank could not write. Raised on every rank, and the unfinished folder is removed.
     """
-    # That of rank 0, should the ranks name different ones (by the time, say); links stay.
-    folder = final = Path(ranks.gather(os.path.realpath(path))[0])
+    # That of rank 0, should the ranks name different ones (by the time, or from different folders). A link that is
+    # replaced stays; others may lead elsewhere on another machine.
+    followed = os.path.abspath if overwrites is None else os.path.realpath
+    folder = final = Path(ranks.gather(followed(path))[0])
     if overwrites is not None:
         folder = beside(final, "new")
     with ranks.together():

@@ -69,6 +69,19 @@ def test_the_manifest_lists_what_every_rank_has_written(tmp_path):
     assert read_manifest(tmp_path / "x", kind="test").files.keys() == {"mine", "theirs"}
 
 
+def test_the_first_names_its_folder_whole_and_by_its_links_which_may_lead_elsewhere_on_another_machine(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path)
+    written = []
+    write_together(
+        OneOfTwo(0), "link/x", kind="test", write=lambda folder: written.append(folder) or {}, content={}
+    )
+    assert written == [tmp_path / "link" / "x"]
+
+
 def test_ranks_that_name_different_folders_write_that_of_the_first(tmp_path):
     """As where the name holds the time."""
     (tmp_path / "x").mkdir()

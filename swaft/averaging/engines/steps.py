@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -78,6 +79,8 @@ def steps_taken(*optimizers: Optimizer) -> int | None:
     return max(steps, default=0)
 
 
+# In a compiled step: torch cannot compile a look at the stack, and would warn.
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def fills_state() -> bool:
     """Whether the step that is being taken is only torch's way to fill an empty optimizer state.
 

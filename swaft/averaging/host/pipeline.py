@@ -271,10 +271,13 @@ class Pipeline:
             return AveragingError(
                 "averaging failed on another rank, so no more weights are averaged; see the log of that rank"
             )
-        reason = "; ".join([str(self._failure), *getattr(self._failure, "__notes__", ())])
-        return AveragingError(
-            f"averaging failed on this rank: {type(self._failure).__name__}: {reason}; no more weights are averaged"
+        error = AveragingError(
+            f"averaging failed on this rank: {type(self._failure).__name__}: {self._failure}; no more weights are "
+            "averaged"
         )
+        for note in getattr(self._failure, "__notes__", ()):  # a recipe has its own for lost ranks
+            error.add_note(note)
+        return error
 
 
 def _ended() -> AveragingError:

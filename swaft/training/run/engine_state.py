@@ -55,7 +55,7 @@ def save_engine(model: Any, module: nn.Module, optimizer: Any, folder: Path) -> 
         _save_deepspeed(model, folder)
         return
     with _first_fault():
-        # If there is no state, torch would take a step to create it, and step counters would count it.
+        # If there is no state, torch would take a step to create it, and the state would count it.
         save(_state_dict(module, optimizer if optimizer.state else None), checkpoint_id=folder / TAG)
 
 

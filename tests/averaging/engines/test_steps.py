@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from functools import partial
 
@@ -314,6 +315,18 @@ def test_a_step_with_which_torch_only_fills_an_empty_state_is_none(build):
         AveragingError, match=r"load weights before|after a checkpoint was loaded, not before"
     ):
         late.step()
+
+
+def test_steps_of_a_compiled_optimizer_are_counted_without_a_warning():
+    model, optimizer = trained_by()
+    averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=4)
+    step = torch.compile(optimizer.step, backend="eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo does not know")
+        for _ in range(2):
+            step()
+            averager.step()
+    assert averager.num_averaged == 3
 
 
 def test_a_run_past_its_end_is_refused_as_its_length_must_be_that_of_a_part():

@@ -358,8 +358,9 @@ def test_a_fault_after_the_verdict_reaches_the_other_ranks_with_the_next_member(
             line.raise_if_refused()  # all ranks had agreed on this one
             line._latest.done.wait()
         line.submit(source, masters(1), step=1, rules=("swa",))
-        with pytest.raises(AveragingError, match="no space left; name another disk; no more"):
+        with pytest.raises(AveragingError, match="no space left; no more") as found:
             line.raise_if_refused()
+        assert found.value.__notes__ == ["name another disk"]
         assert [healthy for _, healthy, _, _ in messages] == [True, False]
 
 

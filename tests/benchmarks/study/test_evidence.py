@@ -264,8 +264,22 @@ def test_the_tasks_needed_are_the_fewest_whose_interval_excludes_0():
     found = statistics.compare({str(i): np.array([value, value]) for i, value in enumerate(values)})
     needed = statistics.tasks_needed(found)
     assert needed == 13  # 2.179 * 0.881 / sqrt(13) = 0.533 < 0.55, and 2.201 * 0.881 / sqrt(12) = 0.560
-    below = statistics.compare({str(i): np.array([-value, -value]) for i, value in enumerate(values)})
-    assert statistics.tasks_needed(below) is None
+
+
+def test_tasks_needed_are_more_than_those_measured_and_are_not_counted_without_end():
+    def needed(*means: float) -> int | None:
+        return statistics.tasks_needed(
+            statistics.compare({str(i): np.array([mean, mean]) for i, mean in enumerate(means)})
+        )
+
+    assert needed(0.5, 0.5, 0.5) == 4
+    for means in [
+        (-0.1, -0.9, 0.4, -1.6),
+        (0.1, 0.2, -0.3),
+        (0.5, -0.5),
+        (0.5,),
+    ]:  # the sum of the second: 5.6e-17
+        assert needed(*means) is None
 
 
 def test_an_objective_must_gain_more_than_its_readout_does_with_the_plain_loss():
