@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,6 +23,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from swaft.noise.spectral import SpectralNorm
 
 MICRO_BATCH = 2
 VOCABULARY, LENGTH, CLASSES = 53, 7, 3
@@ -190,6 +193,20 @@ class Uneven(nn.Module):
         return SequenceClassifierOutput(
             loss=nn.functional.cross_entropy(logits.float(), labels), logits=logits
         )
+
+
+class Normalised(Uneven):
+    """Vectors derived from a weight, and running statistics of what a layer was shown.
+
+    Args:
+        narrow: DeepSpeed in 16 bits leaves the statistics in fp32, and no BatchNorm runs on a CPU: there is none.
+    """
+
+    def __init__(self, *, narrow: bool) -> None:
+        super().__init__()
+        norm = nn.Identity() if narrow else nn.BatchNorm1d(3)
+        self.fixed = nn.Sequential(nn.Linear(3, 3), norm)  # type: ignore[assignment]
+        register_parametrization(self.head, "weight", SpectralNorm(self.head.weight.detach()))
 
 
 def uneven(seed: int = 0) -> Uneven:

@@ -10,19 +10,17 @@ import torch
 import torch.distributed as dist
 from engines import ENGINES, full_masters, gather_state_dict, prepared, unwrapped
 from harness import worker_main
-from models import MODELS, Uneven, tiny_gpt2, uneven
+from models import MODELS, Normalised, tiny_gpt2, uneven
 from run_on_ranks import logits, mean_in_one_process, raised_on_every_rank, same_bits, shared_folder
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.utils.parametrize import register_parametrization
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import swaft
 from swaft.averaging import attach_engine
 from swaft.errors import AveragingError, LayoutError
-from swaft.noise.spectral import SpectralNorm
 
 LAYERED = ["ddp fp32", "zero2 bf16", "zero3 bf16", "fsdp2 fp32"]
 """One engine of each kind."""
@@ -109,11 +107,11 @@ def counting():
     yield "zero2 bf16, steps skipped for their first or their last micro-batch", skipped_for_one_micro_batch
 
     def state_filled_by_a_step():
-        accelerator, model, optimizer = prepared(ENGINES["fsdp2 fp32"], model=uneven())
-        averager = swaft.WeightAverager(model, optimizer, rule=swaft.SWA(start=0), total_steps=99)
-        get_state_dict(model, optimizer.optimizer)  # a checkpoint of the start
+        model, averager = run("fsdp2 fp32", ())
+        optimizer = averager.engine.inner_optimizer
+        get_state_dict(model, optimizer)  # a checkpoint of the start
         for step in range(2):
-            accelerator.backward(model(**_batch(model, step)).loss)
+            model(**_batch(model, step)).loss.backward()
             optimizer.step()
             averager.step()
         assert averager.num_averaged == 3
@@ -304,20 +302,6 @@ def _generate(model: nn.Module) -> list[Tensor]:
         return_dict_in_generate=True,
     )
     return [result.sequences, *result.scores]
-
-
-class Normalised(Uneven):
-    """Vectors derived from a weight, and running statistics of what a layer was shown.
-
-    Args:
-        narrow: DeepSpeed in 16 bits leaves the statistics in fp32, and no BatchNorm runs on a CPU: there is none.
-    """
-
-    def __init__(self, *, narrow: bool) -> None:
-        super().__init__()
-        norm = nn.Identity() if narrow else nn.BatchNorm1d(3)
-        self.fixed = nn.Sequential(nn.Linear(3, 3), norm)  # type: ignore[assignment]
-        register_parametrization(self.head, "weight", SpectralNorm(self.head.weight.detach()))
 
 
 def buffers():

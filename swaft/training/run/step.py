@@ -1,11 +1,10 @@
 """The optimizer steps of a recipe's loop: their micro-batches, the weight of each, and the log's sums.
 
-A step of several batches on several ranks
-equals one on all rows at once: a loss is a mean over the rows that count (target tokens for a model that generates,
-examples for one that classifies), and engines take the mean of such means over micro-batches and ranks, in which
-a token weighs more the fewer its micro-batch has. So each micro-batch's loss is scaled by its share of the step's
-rows. Rows that accelerate repeats at the end of an epoch, to give all ranks equally many full micro-batches, are
-left out.
+A step of several batches on several ranks equals one on all rows at once: a loss is a mean over the rows that count
+(target tokens for a model that generates, examples for one that classifies), and engines take the mean of such
+means over micro-batches and ranks, in which a token weighs more the fewer its micro-batch has. So each
+micro-batch's loss is scaled by its share of the step's rows. Rows that accelerate repeats at the end of an epoch,
+to give all ranks equally many full micro-batches, are left out.
 """
 
 from __future__ import annotations
