@@ -122,7 +122,9 @@ PHASES = (
     *_each(AVERAGING, GENERAL[1:2]),
     # Regularisation is said to matter most when there is little data.
     *_each(("decayed2x", *NOISE), ("sst2", "trec", "mpqa"), "small"),
-    *_each(AVERAGING, GENERAL[2:]),
+    Phase(COLLAPSED, "main", CHOOSING[:1], DECIDING_SEEDS[:1], "cycle"),
+    *_each(AVERAGING, ("e2e-encoder", "tatoeba-encoder", "tatoeba-new")),
+    Phase(COLLAPSED, "main", CHOOSING[:1], DECIDING_SEEDS, "cycle"),
     *_each(("decayed2x", "r4f-relative-1.0-decayed"), CONFIRMING),
     Phase(AVERAGING, "main", CHOOSING[1:3], DECIDING_SEEDS, "flatness"),
     *_each(OBJECTIVES, CHOOSING),
@@ -135,7 +137,6 @@ PHASES = (
     Phase(REST, "main", CHOOSING, SEEDS[:5]),
     Phase([name for name in REST if not TRAININGS[name].teachers], "main", CONFIRMING, SEEDS[:5]),
     Phase(COLLAPSED, "main", ("sst2",), SEEDS[:5], "probe"),
-    Phase(COLLAPSED, "main", ("sst2",), DECIDING_SEEDS, "cycle"),
     Phase(AVERAGING, "main", CHOOSING, DECIDING_SEEDS, "flatness"),
 )
 
