@@ -335,8 +335,6 @@ def load_text_model(config: Any, model_config: Any, tokenizer: Any, *, ends: Col
     if config.task == "sequence to sequence":
         generate_as_trained(loaded, tokenizer)
     else:
-        # Training does not use the cache, and packed rows would see each other through it.
-        loaded.config.use_cache = False
         require_order(loaded, config.model.setting, packs=config.data.packing)
         generation = loaded.generation_config
         _generate_with(generation, tokenizer, tokenizer.eos_token_id)

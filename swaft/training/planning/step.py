@@ -58,8 +58,6 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
         model_config.update({name: value for name, value in fitted.items() if name not in model.described})
     elif getattr(model_config, "pad_token_id", None) is None and task == "sequence classification":
         model_config.pad_token_id = 0  # the tokenizer's in a run; any id takes the same memory
-    if task == "causal language modelling":
-        model_config.use_cache = False
 
     def build() -> Any:
         with naming_settings(model):
