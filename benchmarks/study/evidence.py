@@ -137,7 +137,7 @@ def details(rows: Sequence[Row]) -> str:
     for regime, settings in REGIMES.items():
         differences, values = by_task(kept, regime), absolute(kept, regime)
         if values:
-            parts += [f"## {settings.rows:,} training rows", *differences]
+            parts += [f"## {settings.title}", *differences]
             parts += ["Mean ± standard deviation over seeds:", *values]
     tried = _titled(
         "## Learning rates tried",
@@ -176,15 +176,17 @@ def _answer(kept: Kept, drawn: Sequence[str]) -> str:
 
 def _objectives(kept: Kept) -> str:
     base, parts = BASELINES[2], []
-    for regime, tasks in (("main", CHOOSING), ("small", ALL)):
+    for regime, tasks in (("main", CHOOSING), ("small", ALL), ("long", ALL)):
         tables = [
             by_task_and_mean(kept, regime, COMPARED, base, outcome, tasks) for outcome in ("loss", "score")
         ]
         shown = [table for table in tables if table]
         if shown:
-            parts += [f"### With {REGIMES[regime].rows:,} training rows", *shown]
+            parts += [f"### {REGIMES[regime].title}", *shown]
     return _titled(
-        "## Objectives", f"Task by task, against `{base}`, which costs the same (three seeds).", parts
+        "## Objectives",
+        f"Task by task, against `{base}`, which costs the same (three seeds): one pass for twice as many epochs.",
+        parts,
     )
 
 
@@ -199,7 +201,7 @@ def _every_arm(kept: Kept) -> str:
         }
         shown = [part for title, found in tables.items() if found for part in (title, found)]
         if shown:
-            parts += [f"### {settings.rows:,} training rows", *shown]
+            parts += [f"### {settings.title}", *shown]
     text = (
         "Temperature scaling, with one temperature fitted on the validation rows, removes differences in loss that "
         f"are due to confidence alone. Task by task: [tables]({DETAILS})."
@@ -359,7 +361,7 @@ def _not_run(rows: Sequence[Row], kept: Kept) -> str:
             }
             cells.append(f"{len(wanted & done)} of {len(wanted)}" if wanted else "not planned")
         lines.append([f"`{training}`", *cells])
-    head = ["training", *(f"{settings.rows:,} rows" for settings in REGIMES.values())]
+    head = ["training", *(settings.title for settings in REGIMES.values())]
     notes = [f"* failed: `{row['cell']}`: {row['failed']}" for row in rows if "failed" in row]
     if kept.others:
         arms = sorted({f"{row['training']} ({row['fingerprint']})" for row in kept.others})

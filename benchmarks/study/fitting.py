@@ -26,12 +26,21 @@ class Regime:
     epochs: int
     batch: int
 
+    @property
+    def title(self) -> str:
+        """Its name in headings."""
+        return f"{self.rows:,} training rows, {self.epochs} epochs"
+
     def times(self, factor: int) -> Regime:
         """The same, with the number of epochs multiplied."""
         return replace(self, epochs=factor * self.epochs)
 
 
-REGIMES = {"main": Regime(rows=2500, epochs=2, batch=32), "small": Regime(rows=500, epochs=6, batch=16)}
+REGIMES = {
+    "main": Regime(rows=2500, epochs=2, batch=32),
+    "small": Regime(rows=500, epochs=6, batch=16),
+    "long": Regime(rows=2500, epochs=6, batch=32),
+}
 
 
 def fit(

@@ -122,7 +122,7 @@ def rates(rows: Sequence[Row]) -> list[str]:
             if any(of)
         ]
         if lines:
-            parts += [f"{REGIMES[regime].rows:,} training rows:", markdown(["training", *TASKS], lines)]
+            parts += [f"{REGIMES[regime].title}:", markdown(["training", *TASKS], lines)]
     return parts
 
 
@@ -142,7 +142,7 @@ def rates_tried(rows: Sequence[Row]) -> list[str]:
                     lines.append([f"`{training}`", *(told.get(rate, "") for rate in RATES)])
             if lines:
                 head = ["training", *(f"{rate:g}" for rate in RATES)]
-                parts += [f"### {task}, {REGIMES[regime].rows:,} training rows", markdown(head, lines)]
+                parts += [f"### {task}, {REGIMES[regime].title}", markdown(head, lines)]
     return parts
 
 
