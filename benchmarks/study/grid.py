@@ -43,9 +43,9 @@ And on the same day for SMART and FreeLB, when they had been measured on sst2 wi
 
 And on 2026-12-01, when the objectives had been measured on the choosing tasks and on 500 rows:
 
-* A third regime, ``long``: in the main one an objective of two passes trains for 2 epochs, and on trec and banking77
-  the baseline's 2 further epochs gained more than any objective. It shows what objectives gain where training
-  longer no longer does. It chooses nothing.
+* A third regime, ``long``: in the main one an objective of two passes trains for 2 epochs, and on trec and
+  banking77 the baseline's further epochs gained more than any objective. It shows what objectives gain where
+  training longer no longer does. It chooses nothing.
 """
 
 from __future__ import annotations
