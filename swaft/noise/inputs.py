@@ -118,6 +118,12 @@ def find_targets(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX) if shifts_labels(model) else labels
 
 
+def count_averaged(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Count what the model's own loss is a mean over, 0-dim int64: counted rows, or rows if no labels are found."""
+    targets = find_targets(model, batch)
+    return torch.tensor(count_rows(batch)) if targets is None else count_items(targets)
+
+
 def count_items(targets: Tensor) -> Tensor:
     """Count the rows that a loss is averaged over, 0-dim int64; floating-point scores all count."""
     if targets.is_floating_point():

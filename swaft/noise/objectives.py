@@ -27,9 +27,8 @@ from swaft.noise.generator import Noise, add_noise
 from swaft.noise.head import LanguageModelHead, find_head
 from swaft.noise.inputs import (
     as_arguments,
+    count_averaged,
     count_items,
-    count_rows,
-    find_targets,
     mean_cross_entropy,
     part,
     prepare_inputs,
@@ -171,17 +170,14 @@ class TaskLoss(Resumable):
         )
 
     def _own(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
-        output, targets = model(**without_cache(model, batch)), find_targets(model, batch)
+        output = model(**without_cache(model, batch))
         loss = part(output, "loss")
         if loss is None:
             raise NoiseError(
                 f"The model's output, {type(output).__name__}, has no loss; expected .loss or ['loss']. Put labels "
                 "into the batch, and have the model return its loss by name (return_dict=True)."
             )
-        if targets is None:  # labels under another name: a mean over texts
-            rows = torch.full((), count_rows(batch), dtype=torch.int64, device=loss.device)
-            return loss, task_logits(output), rows
-        num_items = count_items(targets)
+        num_items = count_averaged(model, batch).to(loss.device, non_blocking=True)
         # The mean over no rows is NaN, but 0 in R3F.
         return loss.masked_fill(num_items == 0, 0.0), task_logits(output), num_items
 

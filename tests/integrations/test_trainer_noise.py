@@ -226,10 +226,3 @@ def test_a_training_step_that_never_asks_the_objective_is_refused_after_its_firs
         )
         with pytest.raises(NoiseError, match=r"step 1 .*OwnStep\.") if kind is OwnStep else nullcontext():
             run.train()
-
-
-@pytest.mark.parametrize("first", [{"output_attentions": False}, {"return_dict": True}])
-def test_rows_of_batches_without_labels_are_counted_whatever_comes_first(tmp_path, first):
-    run, callback = trainer(tmp_path, max_steps=1), NoiseCallback(swaft.R3F())
-    callback._trainer = run
-    assert callback._rows(first | {"input_ids": torch.ones(5, 2).long()}) == 5

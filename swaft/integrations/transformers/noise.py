@@ -20,7 +20,7 @@ from swaft.integrations.transformers.calling import (
     those_of_kind,
 )
 from swaft.noise import R4F
-from swaft.noise.inputs import as_arguments, count_items, count_rows, find_targets
+from swaft.noise.inputs import as_arguments, count_averaged
 from swaft.noise.objectives import Resumable
 
 OBJECTIVE_STATE = "noise.json"
@@ -148,18 +148,13 @@ class NoiseCallback(TrainerCallback):
         @functools.wraps(get_batch_samples)
         def counted(iterator: Any, number: int, device: torch.device) -> tuple[list[Any], Any]:
             batches, num_items = get_batch_samples(iterator, number, device)
-            items = sum(self._rows(batch) for batch in batches)
+            items = sum(count_averaged(self._trainer.model, as_arguments(batch)) for batch in batches)
             total = self._trainer.accelerator.reduce(torch.as_tensor(items, device=device))
             self._counted = total.clamp(min=1)  # nothing to learn from a step in which nothing counts
             self._steps += bool(batches)  # without rows, an iterable dataset has come to its end
             return batches, num_items
 
         return counted
-
-    def _rows(self, batch: dict[str, Any]) -> int | torch.Tensor:
-        batch = as_arguments(batch)
-        targets = find_targets(self._trainer.model, batch)
-        return count_rows(batch) if targets is None else count_items(targets)
 
     def _logging(self, log: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(log)
