@@ -33,6 +33,12 @@ Values = Mapping[tuple[str, int], float]
 """By task and seed."""
 
 
+def comparable(rows: Sequence[Row], split: str) -> list[Row]:
+    """The rows of a split; none of fewer seeds than an interval needs."""
+    found = [row for row in rows if row["split"] == split and "failed" not in row]
+    return found if len({row["seed"] for row in found}) >= FEWEST_SEEDS else []
+
+
 def collapse(rows: Sequence[Row]) -> str:
     """Scores of probes on frozen features, on other tasks and along chains; empty without rows."""
     parts = []
@@ -170,7 +176,7 @@ def _grouped(rows: Sequence[Row], split: str, name: Callable[[Row], str]) -> dic
     """Rows of a split at the chosen rates by a name, in the order of the trainings, from the kind of machine that
     has the most.
     """
-    measured = at_chosen_rates([row for row in rows if row["split"] == split and "failed" not in row], rows)
+    measured = at_chosen_rates(comparable(rows, split), rows)
     machine = max(sorted(map(kind_of, measured)), key=[*map(kind_of, measured)].count, default="")
     found: dict[str, list[Row]] = {}
     order = list(TRAININGS)

@@ -336,11 +336,7 @@ def _method(kept: Kept) -> str:
 def _not_run(rows: Sequence[Row], kept: Kept) -> str:
     made = {parse_cell(row["cell"]) for row in rows if "failed" not in row and row["split"] == "test"}
     done = {(cell.regime, cell.training, cell.task, cell.seed) for cell in made}
-    untouched = [
-        f"* {text}"
-        for split, text in beyond.SPLITS.items()
-        if not any(row["split"] == split and "failed" not in row for row in rows)
-    ]
+    untouched = [f"* {text}" for split, text in beyond.SPLITS.items() if not beyond.comparable(rows, split)]
     parts = [
         "## What was not tested\n",
         "* any model but all-MiniLM-L6-v2",

@@ -341,14 +341,20 @@ def test_the_page_is_the_same_for_the_same_rows_in_any_order(tmp_path):
     assert "on the confirming tasks: -4." in pages[0][0]
 
 
-def test_probes_and_flatness_are_on_the_page_once_there_are_rows():
+def test_probes_and_flatness_are_on_the_page_once_they_have_three_seeds():
     probed = {"split": "probe", "readout": "last:cola", "probe": "cola"}
     flat = {"split": "flatness", "noise_radii": [0.1], "test_nll": [0.5, 0.75]}
     rows = [
-        row("decayed:last", "sst2", 1, 0.5, 0.9) | probed,
-        row("decayed:last", "trec", 1, 0.5, 0.9) | flat | {"top_eigenvalue": 12.0, "trace": 345.0},
+        each
+        for seed in (1, 2, 3)
+        for each in (
+            row("decayed:last", "sst2", seed, 0.5, 0.9) | probed,
+            row("decayed:last", "trec", seed, 0.5, 0.9) | flat | {"top_eigenvalue": 12.0, "trace": 345.0},
+        )
     ]
-    page = evidence.page(rows, [])
+    before, page = evidence.page(rows[:4], []), evidence.page(rows, [])
+    assert "| `decayed:last` | 90.00 |" not in before
+    assert "linear probes on other tasks after" in before
     assert "| `decayed:last` | 90.00 |" in page
     assert "| `decayed:last` | 25.00 | 12.00 | 345.00 |" in page
     assert "linear probes on other tasks after" not in page
