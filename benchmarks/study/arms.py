@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.grid import at_chosen_rates
+from benchmarks.study.grid import at_chosen_rates, chosen_rate, tried
 from benchmarks.study.numerics import kind_of
 from benchmarks.study.readouts import readouts_for
 from benchmarks.study.statistics import Comparison, compare
@@ -28,6 +28,12 @@ OUTCOMES = {
 temperature that fits the validation rows best, which removes the effect of confidence. Score: the task's own."""
 LOSSES = {"loss": "nll", "scaled": "nll_scaled"}
 FEWEST_SEEDS = 3
+EPOCHS_CHOSEN = "epochs chosen"
+BUDGETS = {
+    "decayed": (("main", "decayed"), ("main", "decayed2x"), ("long", "decayed2x")),
+    "r4f-relative-1.0-decayed": (("main", "r4f-relative-1.0-decayed"), ("long", "r4f-relative-1.0-decayed")),
+}
+"""Regimes and trainings among which the number of epochs is chosen: up to 12 of one pass, or 6 of two passes."""
 ORDER = [
     (name, readout)
     for name, training in TRAININGS.items()
@@ -112,6 +118,32 @@ class Kept:
         """The tasks measured on each kind of machine."""
         found = sorted({(kind_of(row), list(TASKS).index(row["task"])) for row in self.rows})
         return {kind: [list(TASKS)[place] for k, place in found if k == kind] for kind, _ in found}
+
+
+def with_epochs_chosen(kept: Kept, rows: Sequence[Row]) -> Kept:
+    """The last weights of `BUDGETS`, each task's from the budget with the lowest loss on the validation rows.
+
+    Only tasks on which all budgets have been tuned. The rows' regime is `EPOCHS_CHOSEN`.
+    """
+    chosen = []
+    for task in TASKS:
+        best = {name: _best_budget(task, among, rows) for name, among in BUDGETS.items()}
+        if None not in best.values():
+            chosen += [
+                row | {"regime": EPOCHS_CHOSEN, "arm": f"{name}:last"}
+                for name, budget in best.items()
+                for row in kept.rows + kept.bases
+                if (row["task"], row["readout"], row["regime"], row["training"]) == (task, "last", *budget)
+            ]
+    return Kept(chosen, [], [])
+
+
+def _best_budget(task: str, among: Sequence[tuple[str, str]], rows: Sequence[Row]) -> tuple[str, str] | None:
+    """The regime and training with the lowest loss on the validation rows; None before all have been tuned."""
+    rates = {(regime, training): chosen_rate(training, regime, task, rows) for regime, training in among}
+    if None in rates.values():
+        return None
+    return min(among, key=lambda each: tried(each[1], each[0], task, rows)[rates[each]])
 
 
 def _of(rows: Sequence[Row], regime: str, arm: str) -> list[Row]:

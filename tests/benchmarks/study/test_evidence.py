@@ -146,6 +146,36 @@ def test_rows_at_another_rate_than_the_chosen_one_are_left_out_and_none_while_it
     assert (kept.others, len(kept.rows)) == (wrong, len(rows))
 
 
+def test_epochs_are_chosen_on_the_validation_rows_once_every_budget_has_been_tuned():
+    r4f = "r4f-relative-1.0-decayed"
+    on_validation = {
+        ("main", "decayed"): 0.3, ("main", "decayed2x"): 0.2, ("long", "decayed2x"): 0.4,
+        ("main", r4f): 0.3, ("long", r4f): 0.1,
+    }  # fmt: skip
+    on_test = dict.fromkeys(on_validation, 9.0) | {("main", "decayed2x"): 0.5, ("long", r4f): 0.25}
+    tuning = [
+        row(
+            f"{training}:last", "trec", grid.TUNING_SEED, nll + (rate != 1e-4), 0.9, split="tuning", rate=rate
+        )
+        | {"cell": grid.tuning_cell(training, regime, "trec", rate).name}
+        for (regime, training), nll in on_validation.items()
+        for rate in (5e-5, 1e-4, 2e-4)
+    ]
+    tests = [
+        row(f"{training}:last", "trec", seed, nll, 0.9, regime=regime)
+        for (regime, training), nll in on_test.items()
+        for seed in (1, 2, 3)
+    ]
+
+    def difference(rows):
+        chosen = arms.with_epochs_chosen(arms.keep(rows), rows)
+        return chosen.comparison(arms.EPOCHS_CHOSEN, f"{r4f}:last", "decayed:last", "loss")
+
+    assert difference([*tuning, *tests]).by_task["trec"].mean == pytest.approx(-50)
+    assert "### Epochs chosen" in evidence.page([*tuning, *tests], [])
+    assert difference([*tuning[1:], *tests]) is None
+
+
 def test_each_pair_comes_from_the_machine_that_has_the_most_arms_of_its_seed():
     rows = [entry for entry in made_up(tasks=("trec", "cr")) if entry["task"] == "trec" or entry["seed"] != 2]
     second = {"processor": "another", "torch": "t"}
