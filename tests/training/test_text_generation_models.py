@@ -107,7 +107,8 @@ def test_generation_settings_that_could_not_be_saved_are_mended_or_refused_befor
         model.save_pretrained(tmp_path / "final")
         kept = GenerationConfig.from_pretrained(tmp_path / "final")
         assert (kept.do_sample, kept.temperature, kept.top_p) == (True, 0.9, 0.6)
-        assert LlamaConfig.from_pretrained(tmp_path / "final").use_cache  # as it came: others generate with it
+        # As it came: others generate with it.
+        assert LlamaConfig.from_pretrained(tmp_path / "final").use_cache
 
 
 @pytest.mark.parametrize("entries", [{"model_type": "bert"}, {"model_type": "xlm", "causal": True}])
