@@ -186,9 +186,9 @@ def _objectives(kept: Kept, rows: Sequence[Row]) -> str:
     chosen = with_epochs_chosen(kept, rows)
     own = [arm for arm in chosen.arms(EPOCHS_CHOSEN) if arm != BASELINES[1]]
     about = (
-        "Against the plain loss. Each trains for as many epochs (2, 4 or 12; 2 or 6 with two passes; three times as "
-        "many on banking77) as give it the lowest loss on the validation rows. This comparison was added when the "
-        "tables above were known."
+        "Against the plain loss. Each trains for as many epochs (2, 4 or 12; 2 or 6 with two passes; three times "
+        "as many on banking77) as give it the lowest loss on the validation rows. This comparison was added when "
+        "the tables above were known."
     )
     shown = [
         by_task_and_mean(chosen, EPOCHS_CHOSEN, own, BASELINES[1], outcome, ALL)
