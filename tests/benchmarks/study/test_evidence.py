@@ -159,7 +159,7 @@ def test_epochs_are_chosen_on_the_validation_rows_once_every_budget_has_been_tun
         )
         | {"cell": grid.tuning_cell(training, regime, "trec", rate).name}
         for (regime, training), nll in on_validation.items()
-        for rate in (5e-5, 1e-4, 2e-4)
+        for rate in grid.RATES
     ]
     tests = [
         row(f"{training}:last", "trec", seed, nll, 0.9, regime=regime)
@@ -173,7 +173,8 @@ def test_epochs_are_chosen_on_the_validation_rows_once_every_budget_has_been_tun
 
     assert difference([*tuning, *tests]).by_task["trec"].mean == pytest.approx(-50)
     assert "### Epochs chosen" in evidence.page([*tuning, *tests], [])
-    assert difference([*tuning[1:], *tests]) is None
+    unfinished = [each for each in tuning if each["cell"] != grid.tuning_cell(r4f, "long", "trec", 2e-4).name]
+    assert difference([*unfinished, *tests]) is None
 
 
 def test_each_pair_comes_from_the_machine_that_has_the_most_arms_of_its_seed():
