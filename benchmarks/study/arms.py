@@ -140,10 +140,9 @@ def with_epochs_chosen(kept: Kept, rows: Sequence[Row]) -> Kept:
 
 def _best_budget(task: str, among: Sequence[tuple[str, str]], rows: Sequence[Row]) -> tuple[str, str] | None:
     """The regime and training with the lowest loss on the validation rows; None before all have been tuned."""
-    rates = {(regime, training): chosen_rate(training, regime, task, rows) for regime, training in among}
-    if None in rates.values():
+    if any(chosen_rate(training, regime, task, rows) is None for regime, training in among):
         return None
-    return min(among, key=lambda each: tried(each[1], each[0], task, rows)[rates[each]])
+    return min(among, key=lambda each: min(tried(each[1], each[0], task, rows).values()))
 
 
 def _of(rows: Sequence[Row], regime: str, arm: str) -> list[Row]:
