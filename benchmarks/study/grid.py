@@ -133,10 +133,11 @@ PHASES = (
     # Regularisation is said to matter most when there is little data.
     *_each(("decayed2x", *NOISE), ("sst2", "trec", "mpqa"), "small"),
     # In the main regime two passes mean two epochs, and training longer gains most.
-    *_each(("decayed2x", "r4f-relative-1.0-decayed"), ("trec", "sst2", "mpqa", "cr", "banking77"), "long"),
+    *_each(("decayed2x", "r4f-relative-1.0-decayed"), ("trec", "sst2", "mpqa", "cr"), "long"),
+    *_each(AVERAGING, ("e2e-encoder", "tatoeba-new", "tatoeba-encoder")),
+    *_each(("decayed2x", "r4f-relative-1.0-decayed"), ("banking77",), "long"),
     *_each(AVERAGING, ("trec", "sst2", "mpqa", "cr"), "long"),
     Phase(COLLAPSED, "main", CHOOSING[:1], DECIDING_SEEDS[:1], "cycle"),
-    *_each(AVERAGING, ("e2e-encoder", "tatoeba-encoder", "tatoeba-new")),
     Phase(COLLAPSED, "main", CHOOSING[:1], DECIDING_SEEDS, "cycle"),
     *_each(("decayed2x", "r4f-relative-1.0-decayed"), CONFIRMING),
     Phase(AVERAGING, "main", CHOOSING[1:3], DECIDING_SEEDS, "flatness"),
