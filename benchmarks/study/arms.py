@@ -53,7 +53,7 @@ class Kept:
 
     rows: list[Row]
     bases: list[Row]
-    """Baseline rows that serve only for comparison with arms from another kind of machine."""
+    """Baseline rows from other kinds of machines: only for comparison with arms made there."""
     others: list[Row]
 
     def arms(self, regime: str) -> list[str]:
@@ -188,10 +188,10 @@ def keep(rows: Sequence[Row]) -> Kept:
     for row in sorted(same, key=lambda row: (_pair_of(row) in bases, shared[_pair_of(row)], kind_of(row))):
         machine[_made(row)] = kind_of(row)
     kept = [row for row in same if machine[_made(row)] == kind_of(row)]
-    needed = {id(bases[_pair_of(row)]) for row in kept if _pair_of(row) in bases}
     shown = {id(row) for row in kept}
-    beside = [row for row in same if id(row) in needed - shown]
-    return Kept(kept, beside, [row for row in tested if id(row) not in shown | needed])
+    beside = [row for row in bases.values() if id(row) not in shown]
+    shown |= {id(row) for row in beside}
+    return Kept(kept, beside, [row for row in tested if id(row) not in shown])
 
 
 def _made(row: Row) -> tuple[str, str, int, str]:

@@ -134,6 +134,7 @@ PHASES = (
     *_each(("decayed2x", *NOISE), ("sst2", "trec", "mpqa"), "small"),
     # In the main regime two passes mean two epochs, and training longer gains most.
     *_each(("decayed2x", "r4f-relative-1.0-decayed"), ("trec", "sst2", "mpqa", "cr"), "long"),
+    *_each(("decayed2x", "r4f-relative-1.0-decayed"), ("mpqa",)),
     *_each(AVERAGING, ("e2e-encoder", "tatoeba-new", "tatoeba-encoder")),
     *_each(("decayed2x", "r4f-relative-1.0-decayed"), ("banking77",), "long"),
     *_each(AVERAGING, ("trec", "sst2", "mpqa", "cr"), "long"),
@@ -261,6 +262,7 @@ class Made:
 
     def __init__(self, rows: Sequence[Row], here: str):
         self._tuning = [row for row in rows if row["cell"].endswith("/tuning")]
+        self._rate = cache(lambda training, regime, task: chosen_rate(training, regime, task, self._tuning))
         self._here = here
         made = [row for row in rows if "failed" not in row or _diverged(row) or kind_of(row) == here]
         kinds = {kind_of(row) for row in made}
@@ -283,12 +285,18 @@ class Made:
         return cell.name in self._names[kind]
 
     def _pair(self, cell: Cell) -> list[Cell]:
-        """A cell after its baseline; only the cell if it is a baseline, or tries a rate."""
+        """A cell after the baselines it is compared with; only the cell if it tries a rate."""
         if cell.split == "tuning":
             return [cell]
         units = TRAININGS[cell.training].units if cell.split == "test" else 1
-        base = BASELINES[units].partition(":")[0]
-        rate = chosen_rate(base, cell.regime, cell.task, self._tuning)
-        if base == cell.training:
-            return [cell]
-        return [] if rate is None else [replace(cell, training=base, rate=rate), cell]
+        bases = [(BASELINES[units].partition(":")[0], cell.regime)]
+        if cell.regime == "long":  # if epochs are chosen, the plain loss may be best after few
+            bases.append((BASELINE, "main"))
+        pair = []
+        for training, regime in bases:
+            if (training, regime) != (cell.training, cell.regime):
+                rate = self._rate(training, regime, cell.task)
+                if rate is None:
+                    return []
+                pair.append(replace(cell, training=training, regime=regime, rate=rate))
+        return [*pair, cell]

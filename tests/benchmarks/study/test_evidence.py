@@ -115,6 +115,11 @@ def test_epochs_are_chosen_on_the_validation_rows_once_every_budget_has_been_tun
     assert "### Epochs chosen" in evidence.page([*tuning, *tests], [])
     unfinished = [each for each in tuning if each["cell"] != grid.tuning_cell(r4f, "long", "trec", 2e-4).name]
     assert difference([*unfinished, *tests]) is None
+    there = {"processor": "there", "torch": "t"}
+    moved = [each | {"machine": there} if each["regime"] == "long" else each for each in tests]
+    assert difference([*tuning, *moved]) is None
+    again = [each | {"machine": there} for each in tests if each["training"] == "decayed2x"]
+    assert difference([*tuning, *moved, *again]).by_task["trec"].mean == pytest.approx(-50)
 
 
 def test_each_pair_comes_from_the_machine_that_has_the_most_arms_of_its_seed():

@@ -258,6 +258,28 @@ def test_a_pair_that_another_machine_has_is_not_made_again_and_an_arm_alone_is_m
     assert [name for name in left if name.endswith("/1/test")] == [tests[2]]
 
 
+def test_a_longer_run_is_made_with_the_shorter_plain_run_that_may_beat_it():
+    r4f = "r4f-relative-1.0-decayed"
+    cells = [
+        grid.tuning_cell(training, regime, "trec", rate)
+        for regime, training in (("main", "decayed"), ("long", "decayed2x"), ("long", r4f))
+        for rate in grid.RATES
+    ]
+    rows = [
+        {"cell": cell.name, "readout": "last", "outcomes": {"nll": cell.rate}, "split": "tuning", "of": 1,
+         "fingerprint": "f", "machine": {"processor": "there"}}
+        for cell in cells
+    ]  # fmt: skip
+    longer, *plain = (
+        f"trec/{run}/{grid.RATES[0]}/1/test" for run in (f"{r4f}/long", "decayed/main", "decayed2x/long")
+    )
+    rows += [
+        {**rows[0], "cell": cell, "split": "test"} for cell in plain
+    ]  # one machine has these, and not R4F's
+    names = [cell.name for cell in grid.Made(rows, "here").missing()]
+    assert all(names.index(cell) < names.index(longer) for cell in plain)
+
+
 def test_another_precision_is_another_kind_of_machine_and_another_arithmetic():
     machine = {"processor": "p", "torch": "t"}
     assert len({kind_of({"machine": {**machine, "precision": each}}) for each in ("bf16", "fp32")}) == 2
