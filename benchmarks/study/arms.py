@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,11 @@ LOSSES = {"loss": "nll", "scaled": "nll_scaled"}
 FEWEST_SEEDS = 3
 EPOCHS_CHOSEN = "epochs chosen"
 BUDGETS = {
-    "decayed": (("main", "decayed"), ("main", "decayed2x"), ("long", "decayed2x")),
+    "decayed2x": (("main", "decayed"), ("main", "decayed2x"), ("long", "decayed2x")),
     "r4f-relative-1.0-decayed": (("main", "r4f-relative-1.0-decayed"), ("long", "r4f-relative-1.0-decayed")),
 }
-"""Regimes and trainings among which the number of epochs is chosen: up to 12 of one pass, or 6 of two passes."""
+"""Regimes and trainings among which the number of epochs is chosen: up to 12 of one pass, or 6 of two. By the
+training that they are shown as."""
 ORDER = [
     (name, readout)
     for name, training in TRAININGS.items()
@@ -121,9 +122,10 @@ class Kept:
 
 
 def with_epochs_chosen(kept: Kept, rows: Sequence[Row]) -> Kept:
-    """The last weights of `BUDGETS`, each task's from the budget with the lowest loss on the validation rows.
+    """Beside the rows kept, as the regime `EPOCHS_CHOSEN`: the last weights of `BUDGETS`.
 
-    Only tasks on which all budgets have been tuned. The rows' regime is `EPOCHS_CHOSEN`.
+    Each task's come from the budget with the lowest loss on the validation rows. Only tasks on which all budgets
+    have been tuned.
     """
     chosen = []
     for task in TASKS:
@@ -135,7 +137,7 @@ def with_epochs_chosen(kept: Kept, rows: Sequence[Row]) -> Kept:
                 for row in kept.rows + kept.bases
                 if (row["task"], row["readout"], row["regime"], row["training"]) == (task, "last", *budget)
             ]
-    return Kept(chosen, [], [])
+    return replace(kept, rows=[*kept.rows, *chosen])
 
 
 def _best_budget(task: str, among: Sequence[tuple[str, str]], rows: Sequence[Row]) -> tuple[str, str] | None:

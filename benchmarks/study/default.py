@@ -7,7 +7,7 @@ import re
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 
-from benchmarks.study.arms import BASELINES, Kept, cost_of
+from benchmarks.study.arms import BASELINES, EPOCHS_CHOSEN, Kept, cost_of
 from benchmarks.study.grid import CHOOSING, CONFIRMING, DECIDING_SEEDS, GENERAL, MAIN
 from benchmarks.study.statistics import MOST_TASKS, Comparison, can_be_below, tasks_needed
 from benchmarks.study.trainings import TRAININGS
@@ -20,7 +20,9 @@ ON = {"": CHOOSING, " on the confirming tasks": CONFIRMING, " on all eight tasks
     f" on {task}": (task,) for task in (*ALL, *GENERAL)
 }
 """The tasks a quote is about, by the words that follow the arm."""
-QUOTE = re.compile(rf"`([\w.-]+:[\w.+-]+)`({'|'.join(ON)}): [^`]*? points of score")
+IN = {"": "main", " with 500 rows": "small", " in longer runs": "long", " with epochs chosen": EPOCHS_CHOSEN}
+"""Its regime, by the words that follow those."""
+QUOTE = re.compile(rf"`([\w.-]+:[\w.+-]+)`({'|'.join(ON)})({'|'.join(IN)}): [^`]*? points of score")
 """An arm with its differences, as other pages quote them."""
 
 
@@ -214,16 +216,18 @@ def _what_it_takes(kept: Kept, arm: str, tasks: Sequence[str]) -> str:
 
 
 def quote(text: str, kept: Kept) -> str:
-    """The text with the differences it quotes, on the tasks that it names, updated to the current rows."""
+    """The text with the differences it quotes brought up to date, on the tasks and in the regime that it names."""
 
     def told(match: re.Match[str]) -> str:
-        arm, on = match[1], match[2] or ""
-        return f"`{arm}`{on}: {differences(kept, arm, ON[on])}"
+        arm, on, regime = match.groups()
+        return f"`{arm}`{on}{regime}: {differences(kept, arm, ON[on], regime=IN[regime])}"
 
     return QUOTE.sub(told, text)
 
 
-def differences(kept: Kept, arm: str, tasks: Sequence[str], *, seeds: Collection[int] | None = None) -> str:
+def differences(
+    kept: Kept, arm: str, tasks: Sequence[str], *, seeds: Collection[int] | None = None, regime: str = "main"
+) -> str:
     """An arm minus its baseline in test loss and score, with 95 % intervals over these tasks (for one, over seeds).
 
     Args:
@@ -231,13 +235,14 @@ def differences(kept: Kept, arm: str, tasks: Sequence[str], *, seeds: Collection
         arm: training and readout.
         tasks: those to compare on.
         seeds: those to compare on; None for all.
+        regime: of the arm and its baseline.
 
     Raises:
         ValueError: too few of the tasks have been measured.
     """
     parts = []
     for outcome, unit in (("loss", "% of test loss"), ("score", "points of score")):
-        comparison = kept.from_baseline("main", arm, outcome, tasks=tasks, seeds=seeds)
+        comparison = kept.from_baseline(regime, arm, outcome, tasks=tasks, seeds=seeds)
         found = comparison and (comparison.overall if len(tasks) > 1 else comparison.by_task[tasks[0]])
         if found is None:
             raise ValueError(f"{arm} is measured on too few of {', '.join(tasks)} to be quoted")

@@ -90,7 +90,8 @@ def write(results: Path, folder: Path) -> list[Path]:
 
 def requote(results: Path) -> list[Path]:
     """Update what other pages quote; returns the pages that changed."""
-    kept, changed = keep(read_rows(results)), []
+    rows, changed = read_rows(results), []
+    kept = with_epochs_chosen(keep(rows), rows)
     for path in QUOTING:
         text = path.read_text()
         if (now := quote(text, kept)) != text:
@@ -176,29 +177,26 @@ def _answer(kept: Kept, drawn: Sequence[str]) -> str:
 
 def _objectives(kept: Kept, rows: Sequence[Row]) -> str:
     base, parts = BASELINES[2], []
-    for regime, tasks in (("main", CHOOSING), ("small", ALL), ("long", ALL)):
+    kept = with_epochs_chosen(kept, rows)
+    heads = {regime: f"### {settings.title}" for regime, settings in REGIMES.items()} | {
+        EPOCHS_CHOSEN: (
+            "### Epochs chosen on the validation rows\n\n"
+            "Against the plain loss. Each trains for as many epochs (2, 4 or 12; 2 or 6 with two passes; three "
+            "times as many on banking77) as give it the lowest loss on the validation rows. This comparison was "
+            "added when the tables above were known."
+        )
+    }
+    for regime, head in heads.items():
+        tasks = CHOOSING if regime == "main" else ALL
         tables = [
             by_task_and_mean(kept, regime, COMPARED, base, outcome, tasks) for outcome in ("loss", "score")
         ]
-        shown = [table for table in tables if table]
-        if shown:
-            parts += [f"### {REGIMES[regime].title}", *shown]
-    chosen = with_epochs_chosen(kept, rows)
-    own = [arm for arm in chosen.arms(EPOCHS_CHOSEN) if arm != BASELINES[1]]
-    about = (
-        "Against the plain loss. Each trains for as many epochs (2, 4 or 12; 2 or 6 with two passes; three times "
-        "as many on banking77) as give it the lowest loss on the validation rows. This comparison was added when "
-        "the tables above were known."
-    )
-    shown = [
-        by_task_and_mean(chosen, EPOCHS_CHOSEN, own, BASELINES[1], outcome, ALL)
-        for outcome in ("loss", "score")
-    ]
-    parts += [_titled("### Epochs chosen on the validation rows", about, [each for each in shown if each])]
+        if any(tables):
+            parts += [head, *filter(None, tables)]
     return _titled(
         "## Objectives",
         f"Task by task, against `{base}`, which costs the same (three seeds): one pass for twice as many epochs.",
-        [part for part in parts if part],
+        parts,
     )
 
 
