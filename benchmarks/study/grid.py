@@ -50,6 +50,13 @@ And on 2026-12-01, when the objectives had been measured on the choosing tasks a
   had been measured on trec and in part on sst2, where 12 epochs of the plain loss were no better than 4.
 * In ``long``, too, two rates on either side of the best must be worse. On mpqa the search of the plain loss had
   stopped in the overfitted valley, with 80 % more loss than after 2 epochs. Its three rows are not shown.
+
+And later that day, when R4F had been measured with epochs chosen on sst2, trec and cr (-8, -17 and -18 % of test
+loss, +0.5, +0.1 and +1.6 points of score). On the others only one regime was known: ``long`` on mpqa and the main one
+on cola, without a difference, and the main one on banking77, where R4F is behind. Nothing was known on subj and mrpc.
+
+* To be confirmed: with epochs chosen, R4F has less test loss than the plain loss, and scores no lower. It counts as
+  confirmed if over all eight tasks the interval of the loss is below 0, and the mean of the score is not.
 """
 
 from __future__ import annotations
@@ -93,6 +100,8 @@ OBJECTIVES = (
     "r3f-relative-1.0-constant",
 )
 NOISE = ("rdrop-decayed", "r3f-relative-1.0-decayed", "r4f-relative-1.0-decayed")
+R4F_AND_PLAIN = ("decayed2x", "r4f-relative-1.0-decayed")
+"""The objective that is ahead in longer runs, and what it is compared with."""
 MAIN = AVERAGING + LONGER + OBJECTIVES
 COLLAPSED = (*AVERAGING, "decayed2x", *NOISE)
 SAME_RATE = ("probe", "cycle")
@@ -133,14 +142,18 @@ PHASES = (
     # Regularisation is said to matter most when there is little data.
     *_each(("decayed2x", *NOISE), ("sst2", "trec", "mpqa"), "small"),
     # In the main regime two passes mean two epochs, and training longer gains most.
-    *_each(("decayed2x", "r4f-relative-1.0-decayed"), ("trec", "sst2", "mpqa", "cr"), "long"),
-    *_each(("decayed2x", "r4f-relative-1.0-decayed"), ("mpqa",)),
+    *_each(R4F_AND_PLAIN, ("trec", "sst2", "mpqa", "cr"), "long"),
+    *_each(R4F_AND_PLAIN, ("mpqa",)),
+    *(
+        Phase(R4F_AND_PLAIN, each, (task,), DECIDING_SEEDS)
+        for task in CONFIRMING
+        for each in ("main", "long")
+    ),
+    *_each(R4F_AND_PLAIN, ("banking77",), "long"),
     *_each(AVERAGING, ("e2e-encoder", "tatoeba-new", "tatoeba-encoder")),
-    *_each(("decayed2x", "r4f-relative-1.0-decayed"), ("banking77",), "long"),
     *_each(AVERAGING, ("trec", "sst2", "mpqa", "cr"), "long"),
     Phase(COLLAPSED, "main", CHOOSING[:1], DECIDING_SEEDS[:1], "cycle"),
     Phase(COLLAPSED, "main", CHOOSING[:1], DECIDING_SEEDS, "cycle"),
-    *_each(("decayed2x", "r4f-relative-1.0-decayed"), CONFIRMING),
     Phase(AVERAGING, "main", CHOOSING[1:3], DECIDING_SEEDS, "flatness"),
     *_each(OBJECTIVES, CHOOSING),
     *_each(LONGER, CONFIRMING),
