@@ -52,8 +52,8 @@ And on 2026-12-01, when the objectives had been measured on the choosing tasks a
   stopped in the overfitted valley, with 80 % more loss than after 2 epochs. Its three rows are not shown.
 
 And later that day, when R4F had been measured with epochs chosen on sst2, trec and cr (-8, -17 and -18 % of test
-loss, +0.5, +0.1 and +1.6 points of score). On the others only one regime was known: ``long`` on mpqa and the main one
-on cola, without a difference, and the main one on banking77, where R4F is behind. Nothing was known on subj and mrpc.
+loss, +0.5, +0.1 and +1.6 points of score). Nothing was known on subj and mrpc, and one regime on the others: no
+difference on mpqa (``long``) and cola (main), and R4F is behind on banking77 (main).
 
 * To be confirmed: with epochs chosen, R4F has less test loss than the plain loss, and scores no lower. It counts as
   confirmed if over all eight tasks the interval of the loss is below 0, and the mean of the score is not.
