@@ -18,6 +18,7 @@ from torch import Tensor
 from swaft.errors import DataError
 from swaft.options import Count, Range, WholeNumber
 from swaft.training.config.schema import EvalConfig, Fault, RecipeConfig, RowsConfig
+from swaft.training.config.values import literal_breaks
 from swaft.training.data.chats import TEMPLATE_ARGUMENTS, TokenRow, chat_faults, chat_tokens, refuse_messages
 from swaft.training.data.files import map_rows
 from swaft.training.data.seq2seq import Seq2SeqModelConfig, Seq2SeqTrainConfig, log_lengths
@@ -66,8 +67,9 @@ class CausalDataConfig(RowsConfig):
     others. Off; turning it on saves the padding of short rows."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Yield also columns of texts next to columns of chats."""
+        """Yield also columns of texts next to columns of chats, and line breaks that are none."""
         yield from super().conflicts()
+        yield from literal_breaks(self, "prompt_prefix", "prompt_suffix")
         if self.prompt_column is not None and self.answer_column is None:
             yield "prompt_column", "is set without data.answer_column; set both"
         if self.messages_column is not None and self.answer_column is not None:
@@ -325,7 +327,15 @@ def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
     return CausalColumns(**columns)
 
 
-UNREAD = ("input", "context", "system", "system_prompt", "history")
+UNREAD = (
+    *("input", "context", "system", "system_prompt", "history"),
+    *(
+        "article",
+        "passage",
+        "choices",
+        "options",
+    ),  # of reading comprehension (RACE) and multiple choice (MMLU)
+)
 """Columns with another part of the prompt, which would not be read."""
 
 

@@ -26,6 +26,7 @@ from swaft.training.config.schema import (
     RowsConfig,
     TrainConfig,
 )
+from swaft.training.config.values import literal_breaks
 from swaft.training.data.files import map_rows
 from swaft.training.data.texts import (
     BadRow,
@@ -121,8 +122,9 @@ class Seq2SeqDataConfig(RowsConfig):
     """Longest target in tokens; longer texts are cut. 128 fits nearly every news summary."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Yield also a column or a language without its counterpart."""
+        """Yield also a column or a language without its counterpart, and a line break that is none."""
         yield from super().conflicts()
+        yield from literal_breaks(self, "source_prefix")
         for pair in (("source_column", "target_column"), ("source_lang", "target_lang")):
             missing = [name for name in pair if getattr(self, name) is None]
             if len(missing) == 1:
@@ -229,8 +231,8 @@ def find_pairs(splits: Mapping[str, Dataset], data: Seq2SeqDataConfig) -> PairCo
             the column `translation`. A model's code for a language (en_XX) works too.
 
     Raises:
-        DataError: a column or language that does not exist or has to be specified, a missing or empty text, an
-            empty list of references, or an id (column `id`) that several rows of a split share.
+        DataError: a column or language that does not exist or has to be specified, a missing or empty text, or
+            an empty list of references.
     """
     columns = _find(splits["train"], data)
     names = (columns.source_column, columns.target_column)
