@@ -154,6 +154,16 @@ def test_a_class_that_is_withheld_is_a_row_without_an_answer():
             {},
             "have 'input' besides instruction and output",
         ),
+        (
+            [{"question": "a", "choices": ["b", "c"], "answer": "c"}],
+            {},
+            "have 'choices' besides question and",
+        ),
+        (
+            [{"article": "a", "question": "b", "answer": "c"}],
+            {},
+            "have 'article' besides question and answer",
+        ),
         ([{"messages": CHAT, "tools": "[{}]"}], {}, "a column 'tools', which is not written into the chats"),
         (
             [{"messages": CHAT, "system": "a"}],
