@@ -33,7 +33,7 @@ class TokenRow(NamedTuple):
     length: int
     """Tokens before anything was cut off."""
     end: int = IGNORED
-    """Special token that ends the last answer of a chat; `IGNORED`: there is none, or the row is no chat."""
+    """Special token that ends the last answer, if it may be another than the end-of-text token; else `IGNORED`."""
     changed: int = 0
     """Answers of a chat that the template formats differently later on: learnt in part, or not at all."""
     fault: str = ""

@@ -35,6 +35,7 @@ from swaft.training.data.texts import (
     good_rows,
     is_blank,
     named_columns,
+    special_tokens,
     text_faults,
     usual_columns,
     values,
@@ -287,23 +288,27 @@ def read_pairs(split: Dataset, name: str, columns: PairColumns) -> Dataset:
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq2SeqDataConfig) -> Dataset:
     """Tokenize pairs of texts, from `read_pairs`, for an encoder-decoder, without padding.
 
-    Targets are tokenized as targets (`text_target`).
+    Targets are tokenized as targets (`text_target`). If the tokenizer ends no text (Gemma's), they get its
+    end-of-text token: a model that has seen no end writes none.
 
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (token ids), `idx`, the row
         number in `pairs`, and `source_length`, `target_length`: tokens before truncation.
     """
     workers, data = data.preprocessing_num_workers, replace(data, preprocessing_num_workers=None)
+    example, eos = tokenizer(text_target="a")["input_ids"], tokenizer.eos_token_id
+    end = [] if eos in (None, *example) or example[-1] in special_tokens(tokenizer).values() else [eos]
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         sources = [data.source_prefix + text for text in rows["source"]]
         encoded, source_lengths = _cut(tokenizer, "text", sources, data.max_source_length)
-        targets, target_lengths = _cut(tokenizer, "text_target", rows["target"], data.max_target_length)
+        room = data.max_target_length - len(end)
+        targets, target_lengths = _cut(tokenizer, "text_target", rows["target"], room)
         return encoded | {
-            "labels": targets["input_ids"],
+            "labels": [ids if ids[-1:] == end else [*ids, *end] for ids in targets["input_ids"]],
             "idx": indices,
             "source_length": source_lengths,
-            "target_length": target_lengths,
+            "target_length": [length + len(end) for length in target_lengths],
         }
 
     return map_rows(pairs, encode, workers)

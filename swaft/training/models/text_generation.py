@@ -64,8 +64,9 @@ def generate_as_trained(model: Any, tokenizer: Any) -> None:
     """Make a model generate with the start, end and padding tokens, and in the language, that it is trained with.
 
     The model is an encoder-decoder whose configuration follows the tokenizer; its generation settings are saved
-    with it, and the tokenizer makes no inputs that it does not read. mBART's decoder starts with the code of the language. Those of mBART-50, M2M100 and NLLB start with
-    another token, and the code is the first token of the text, which generation is forced to start with.
+    with it, and the tokenizer makes no inputs that it does not read. mBART's decoder starts with the code of the
+    language. Those of mBART-50, M2M100 and NLLB start with another token, and the code is the first token of the
+    text, which generation is forced to start with.
     """
     config, generation = model.config, model.generation_config
     if "token_type_ids" not in signature(model.get_encoder().forward).parameters:
