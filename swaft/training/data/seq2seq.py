@@ -289,7 +289,8 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq
     """Tokenize pairs of texts, from `read_pairs`, for an encoder-decoder, without padding.
 
     Targets are tokenized as targets (`text_target`). If the tokenizer ends no text (Gemma's), they get its
-    end-of-text token: a model that has seen no end writes none.
+    end-of-text token and no other: a model that has seen no end writes none. The token with which such a tokenizer
+    starts texts is the one that T5Gemma's decoder starts with anyway, and it cannot tell one from two of them.
 
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (token ids), `idx`, the row
@@ -303,7 +304,9 @@ def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq
         sources = [data.source_prefix + text for text in rows["source"]]
         encoded, source_lengths = _cut(tokenizer, "text", sources, data.max_source_length)
         room = data.max_target_length - len(end)
-        targets, target_lengths = _cut(tokenizer, "text_target", rows["target"], room)
+        targets, target_lengths = _cut(
+            tokenizer, "text_target", rows["target"], room, add_special_tokens=not end
+        )
         return encoded | {
             "labels": [ids if ids[-1:] == end else [*ids, *end] for ids in targets["input_ids"]],
             "idx": indices,
@@ -425,18 +428,18 @@ def _report_shared_sources(rows: Mapping[str, Dataset], columns: PairColumns) ->
 
 
 def _cut(
-    tokenizer: PreTrainedTokenizerBase, kind: str, texts: list[str], limit: int
+    tokenizer: PreTrainedTokenizerBase, kind: str, texts: list[str], limit: int, **options: Any
 ) -> tuple[dict[str, list[list[int]]], list[int]]:
     """Tokenize texts as a `text` or a `text_target`; those that are too long a second time, truncated.
 
     This gives the lengths before truncation.
     """
-    encoded = dict(encode_texts(tokenizer, **{kind: texts}, verbose=False))
+    encoded = dict(encode_texts(tokenizer, **{kind: texts}, **options, verbose=False))
     lengths = [len(ids) for ids in encoded["input_ids"]]
     long = [row for row, length in enumerate(lengths) if length > limit]
     if long:
         too_long = [texts[row] for row in long]
-        shorter = encode_texts(tokenizer, **{kind: too_long}, truncation=True, max_length=limit)
+        shorter = encode_texts(tokenizer, **{kind: too_long}, **options, truncation=True, max_length=limit)
         for name, column in encoded.items():
             for row, ids in zip(long, shorter[name], strict=True):
                 column[row] = ids

@@ -80,8 +80,8 @@ def test_targets_end_also_with_a_tokenizer_that_ends_no_text():
         single="[CLS] $A", pair="[CLS] $A $B", special_tokens=[("[CLS]", 2)]
     )
     found = tokenize_pairs(PAIRS, tokenizer, Seq2SeqDataConfig(max_target_length=4))
-    assert found["labels"][:] == [[2, 5, 3], [2, 6, 7, 3], [2, 4, 4, 3]]
-    assert found["target_length"][:] == [3, 6, 4]
+    assert found["labels"][:] == [[5, 3], [6, 7, 8, 3], [4, 4, 3]]
+    assert found["target_length"][:] == [2, 5, 3]
     assert found["input_ids"][1] == [2, 7]
 
 
