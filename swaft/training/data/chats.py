@@ -158,7 +158,8 @@ def chat_tokens(
             prompt, answer = (tokenizer.decode(each[begin:])[:40] for each in (given, ids))
             raise DataError(
                 f"has an answer that cannot be told from the messages before it: {template} asks for it with "
-                f"{prompt!r}, and then writes {answer!r} in that place; use another template, or columns with "
+                f"{prompt!r}, and then writes {answer!r} in that place; if the answer begins with line breaks, "
+                "which form one token with the template's, remove them, else use another template, or columns with "
                 "prompts and answers"
             )
         changed += agreed < len(asked)
