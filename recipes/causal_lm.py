@@ -40,7 +40,7 @@ from swaft.training.launch.accelerator import build_accelerator
 from swaft.training.launch.failure import leave
 from swaft.training.models.build import build_objective, build_optimizer, build_schedule
 from swaft.training.models.checks import check_model, require_embedded, require_separate_rows
-from swaft.training.models.pretrained import load_tokenizer, longest_text
+from swaft.training.models.pretrained import load_tokenizer, longest_input
 from swaft.training.models.text_generation import (
     check_new_model,
     decoder_config,
@@ -91,9 +91,8 @@ def prepare(config: CausalConfig, problems: Problems) -> PreparedTexts:
             ready.rows = {**ready.datasets}  # without the chats that cannot be used, if those are left out
             require_embedded(ready.datasets.values(), config.model, ready.model_config)
     with problems:
-        if ready.tokenizer is not None:
-            most = longest_text(ready.model_config, ready.tokenizer)
-            require_length("data.max_length", config.data.max_length, most)
+        most = longest_input(ready.model_config, ready.tokenizer)
+        require_length("data.max_length", config.data.max_length, most)
     with problems:
         check_new_model(config.model, ready.tokenizer)
     with problems:

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 from launching import ROOT, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 
 from swaft.cli.main import main
 from swaft.training.checks import Problems, read_recipe
 from swaft.training.config import load_config
 from swaft.training.data.causal_lm import CausalConfig
+from swaft.training.models.pretrained import demo_model_path
 
 SMOKE = ["recipes/causal_lm.py", "--config", "recipes/configs/causal_lm/smoke.yaml"]
 SHORT = [
@@ -28,6 +30,10 @@ SHORT = [
         ("data.packing=true", "set train.max_steps"),
         ("model.config={model_type: t5}", "not a decoder that continues a text"),
         ("model.config={model_type: bert}", "not a decoder that continues a text"),
+        (
+            "model.config={model_type: gpt2, n_embd: 32, n_layer: 1, n_head: 2, n_positions: 64}",
+            "data.max_length is 256, but the model reads at most 64 tokens",
+        ),
         ("data.answer_column=none", "no column 'none'"),
         ("eval.metric=f1", "eval.metric"),
     ],
@@ -35,6 +41,16 @@ SHORT = [
 def test_validate_knows_what_a_launch_refuses(override, message, capsys, tmp_path):
     assert main(["validate", *SMOKE, f"train.output_dir={tmp_path}/x", override]) == 1
     assert message in capsys.readouterr().out
+
+
+@pytest.mark.unit
+def test_a_decoder_reads_more_than_the_models_that_its_tokenizer_was_made_for(capsys, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    assert tokenizer.model_max_length == 512
+    tokenizer.save_pretrained(tmp_path)
+    longer = [f"model.tokenizer_name={tmp_path}", "model.vocab_size=null", "data.max_length=1024"]
+    main(["validate", "--num_processes=1", *SMOKE, f"train.output_dir={tmp_path}/x", *longer])
+    assert "problem    none" in capsys.readouterr().out
 
 
 @pytest.mark.unit

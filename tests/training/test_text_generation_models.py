@@ -47,6 +47,7 @@ SMALL = {
     "intermediate_size": 16,
     "vocab_size": 300,
 }
+BERT = SMALL | {"model_type": "bert"}
 XLNET = {"model_type": "xlnet", "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "vocab_size": 300}
 BLOOM = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 300}
 
@@ -157,6 +158,29 @@ def test_a_new_model_fits_its_tokenizer(make_accelerator):
 def test_a_new_model_with_an_entry_of_the_wrong_type_is_refused():
     with pytest.raises(ConfigError, match=r"model\.config: .* cannot be loaded: .*'d_model' expected int"):
         encoder_decoder_config(Seq2SeqModelConfig(config=TINY | {"d_model": "wide"}))
+
+
+@pytest.mark.parametrize(
+    ("entries", "reads"),
+    [
+        (TINY, False),
+        ({"model_type": "encoder-decoder", "encoder": BERT, "decoder": BERT}, True),
+    ],
+)
+def test_a_tokenizer_makes_token_types_for_a_model_that_reads_them_alone(entries, reads, tmp_path):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(TEXTS, 300),
+        pad_token="<pad>",
+        eos_token="</s>",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    section = Seq2SeqModelConfig(config=entries, tokenizer_name="given")
+    settings = Seq2SeqConfig(model=section, train=Seq2SeqTrainConfig(output_dir="unused"))
+    model = load_text_model(settings, encoder_decoder_config(section), tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    batch = PreTrainedTokenizerFast.from_pretrained(tmp_path)(["the cat"], return_tensors="pt")
+    assert ("token_type_ids" in batch) == reads
+    model.generate(**batch, max_new_tokens=2)
 
 
 def test_what_the_settings_say_of_a_new_model_wins(make_accelerator):

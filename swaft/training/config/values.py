@@ -103,6 +103,8 @@ def coerce(value: Any, option: Option) -> Any:
     if type(value) not in option.kinds:
         if is_text and isinstance(value, bool):
             advice = " (unquoted yes, no, on and off are true and false in YAML; put text in quotes)"
+        elif is_text and isinstance(value, list):
+            advice = "; write names in one text, with commas between them"
         elif is_text and value is not None:
             advice = "; put text in quotes"
         raise ValueError(f"expected {type_name(option)}, got {_named(value)}{advice}")
@@ -129,6 +131,14 @@ def split_words(line: Sequence[str]) -> Iterator[tuple[list[str], str, str | Non
 def split_names(text: str) -> list[str]:
     """Split the text of a setting that holds several names: `de, fr` into `de` and `fr`."""
     return [name.strip() for name in text.split(",")]
+
+
+def literal_breaks(section: Any, *names: str) -> Iterator[tuple[str, str]]:
+    r"""Yield texts with a backslash and an n, which is what a shell and unquoted YAML make of \n."""
+    for name in names:
+        if r"\n" in getattr(section, name):
+            found = f"{getattr(section, name)!r} has a backslash and an n, not a line break"
+            yield name, f"{found}; write \\n in double quotes in YAML, or $'\\n' in a shell"
 
 
 def not_allowed(value: str, choices: Sequence[str]) -> str:

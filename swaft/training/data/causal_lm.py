@@ -18,6 +18,7 @@ from torch import Tensor
 from swaft.errors import DataError
 from swaft.options import Count, Range, WholeNumber
 from swaft.training.config.schema import EvalConfig, Fault, RecipeConfig, RowsConfig
+from swaft.training.config.values import literal_breaks
 from swaft.training.data.chats import TEMPLATE_ARGUMENTS, TokenRow, chat_faults, chat_tokens, refuse_messages
 from swaft.training.data.files import map_rows
 from swaft.training.data.seq2seq import Seq2SeqModelConfig, Seq2SeqTrainConfig, log_lengths
@@ -66,8 +67,9 @@ class CausalDataConfig(RowsConfig):
     others. Off; turning it on saves the padding of short rows."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Yield also columns of texts next to columns of chats."""
+        """Yield also columns of texts next to columns of chats, and line breaks that are none."""
         yield from super().conflicts()
+        yield from literal_breaks(self, "prompt_prefix", "prompt_suffix")
         if self.prompt_column is not None and self.answer_column is None:
             yield "prompt_column", "is set without data.answer_column; set both"
         if self.messages_column is not None and self.answer_column is not None:
@@ -190,10 +192,10 @@ def tokenize_rows(
     """Turn rows into token ids, unpadded.
 
     A prompt gets the special tokens with which the tokenizer starts a text, an answer gets none; the end-of-text
-    token follows it and is learnt. Neither is repeated where a text spells it as a special token. The first token
-    of a row is never learnt: nothing comes before it. In a chat, the assistant's messages are learnt, except one
-    that opens the chat, which answers nothing, those with weight 0, and what the template formats differently in
-    later turns (see `chat_tokens`).
+    token (or the separator of a BERT's tokenizer, which has none) follows it and is learnt. Neither is repeated
+    where a text spells it as a special token. The first token of a row is never learnt: nothing comes before it. In
+    a chat, the assistant's messages are learnt, except one that opens the chat, which answers nothing, those with
+    weight 0, and what the template formats differently in later turns (see `chat_tokens`).
 
     Args:
         splits: rows that `find_columns` checked, by split.
@@ -262,7 +264,7 @@ def report_rows(train: Dataset, data: CausalDataConfig) -> None:
 
 
 def ends_of_answers(train: Dataset) -> set[int]:
-    """Return the special tokens with which the chat template ends answers; none if the rows are no chats."""
+    """Return the special tokens with which the chat template, or a tokenizer without an end token, ends answers."""
     return {*train.unique("end")} - {IGNORED}
 
 
@@ -325,7 +327,15 @@ def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
     return CausalColumns(**columns)
 
 
-UNREAD = ("input", "context", "system", "system_prompt", "history")
+UNREAD = (
+    *("input", "context", "system", "system_prompt", "history"),
+    *(
+        "article",
+        "passage",
+        "choices",
+        "options",
+    ),  # of reading comprehension (RACE) and multiple choice (MMLU)
+)
 """Columns with another part of the prompt, which would not be read."""
 
 
@@ -399,8 +409,9 @@ def _tokens(
     texts = [f"{data.prompt_prefix}{prompt}{data.prompt_suffix}" for prompt in prompts]
     given = encode(tokenizer, texts, add_special_tokens=False)["input_ids"]
     learnt = encode(tokenizer, answers, add_special_tokens=False)["input_ids"]
-    front, end = _tokens_in_front(tokenizer), tokenizer.eos_token_id
-    end = [] if end is None else [end]
+    (front, back), eos = _tokens_around(tokenizer), tokenizer.eos_token_id
+    end = back[:1] if eos is None else [eos]  # a BERT's tokenizer ends texts with a separator
+    separator = end[0] if eos is None and end else IGNORED
     spells = not tokenizer.split_special_tokens
     for prompt, answer in zip(given, learnt, strict=True):
         starts = spells and [*prompt, *answer][: len(front)] == front
@@ -413,11 +424,13 @@ def _tokens(
         before = before[: len(front)] + before[len(front) + more :]
         ids = [*before, *after]
         labels = [IGNORED] * len(before) + after
-        yield TokenRow(ids, [IGNORED, *labels[1:]], length)
+        yield TokenRow(ids, [IGNORED, *labels[1:]], length, separator)
 
 
-def _tokens_in_front(tokenizer: Any) -> list[int]:
-    """Return the special tokens with which the tokenizer starts every text."""
+def _tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the special tokens that the tokenizer puts before and after every text."""
     whole, bare = (tokenizer("a", add_special_tokens=each)["input_ids"] for each in (True, False))
-    places = range(len(whole))
-    return whole[: next((place for place in places if whole[place : place + len(bare)] == bare), 0)]
+    for place in range(len(whole)):
+        if whole[place : place + len(bare)] == bare:
+            return whole[:place], whole[place + len(bare) :]
+    return [], []

@@ -33,7 +33,7 @@ class TokenRow(NamedTuple):
     length: int
     """Tokens before anything was cut off."""
     end: int = IGNORED
-    """Special token that ends the last answer of a chat; `IGNORED`: there is none, or the row is no chat."""
+    """Special token that ends the last answer, if it may be another than the end-of-text token; else `IGNORED`."""
     changed: int = 0
     """Answers of a chat that the template formats differently later on: learnt in part, or not at all."""
     fault: str = ""
@@ -158,7 +158,8 @@ def chat_tokens(
             prompt, answer = (tokenizer.decode(each[begin:])[:40] for each in (given, ids))
             raise DataError(
                 f"has an answer that cannot be told from the messages before it: {template} asks for it with "
-                f"{prompt!r}, and then writes {answer!r} in that place; use another template, or columns with "
+                f"{prompt!r}, and then writes {answer!r} in that place; if the answer begins with line breaks, "
+                "which form one token with the template's, remove them, else use another template, or columns with "
                 "prompts and answers"
             )
         changed += agreed < len(asked)

@@ -165,8 +165,7 @@ def describe_task(splits: Mapping[str, Dataset], data: DataConfig) -> Task:
         data: the section of the configuration; specifies columns that do not have the usual names.
 
     Raises:
-        DataError: a column that does not exist, a value that is not text, a label that does not fit, or an id
-            (column `id`) that several rows of a split share.
+        DataError: a column that does not exist, a value that is not text, or a label that does not fit.
     """
     train = splits["train"]
     text_columns = named_columns(train, data, "text_column", "text_pair_column") or usual_columns(
@@ -282,9 +281,7 @@ def _label_faults(split: Dataset, column: str) -> Iterator[BadRow]:
     -1 is not a class in a column with named classes, or if every row of a split has it (its labels are withheld).
     """
     labels = list(values(split, column))
-    withheld = isinstance(split.features[column], ClassLabel) or all(
-        type(each) is int and each == -1 for each in labels
-    )
+    withheld = isinstance(split.features[column], ClassLabel) or all(each == -1 for each in labels)
     for row, value in enumerate(labels):
         is_not_finite = isinstance(value, float) and not math.isfinite(value)
         if value is None or is_not_finite or (isinstance(value, str) and not value.strip()):

@@ -26,6 +26,7 @@ from swaft.training.config.schema import (
     RowsConfig,
     TrainConfig,
 )
+from swaft.training.config.values import literal_breaks
 from swaft.training.data.files import map_rows
 from swaft.training.data.texts import (
     BadRow,
@@ -34,6 +35,7 @@ from swaft.training.data.texts import (
     good_rows,
     is_blank,
     named_columns,
+    special_tokens,
     text_faults,
     usual_columns,
     values,
@@ -121,8 +123,9 @@ class Seq2SeqDataConfig(RowsConfig):
     """Longest target in tokens; longer texts are cut. 128 fits nearly every news summary."""
 
     def conflicts(self) -> Iterator[Fault]:
-        """Yield also a column or a language without its counterpart."""
+        """Yield also a column or a language without its counterpart, and a line break that is none."""
         yield from super().conflicts()
+        yield from literal_breaks(self, "source_prefix")
         for pair in (("source_column", "target_column"), ("source_lang", "target_lang")):
             missing = [name for name in pair if getattr(self, name) is None]
             if len(missing) == 1:
@@ -229,8 +232,8 @@ def find_pairs(splits: Mapping[str, Dataset], data: Seq2SeqDataConfig) -> PairCo
             the column `translation`. A model's code for a language (en_XX) works too.
 
     Raises:
-        DataError: a column or language that does not exist or has to be specified, a missing or empty text, an
-            empty list of references, or an id (column `id`) that several rows of a split share.
+        DataError: a column or language that does not exist or has to be specified, a missing or empty text, or
+            an empty list of references.
     """
     columns = _find(splits["train"], data)
     names = (columns.source_column, columns.target_column)
@@ -285,23 +288,30 @@ def read_pairs(split: Dataset, name: str, columns: PairColumns) -> Dataset:
 def tokenize_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, data: Seq2SeqDataConfig) -> Dataset:
     """Tokenize pairs of texts, from `read_pairs`, for an encoder-decoder, without padding.
 
-    Targets are tokenized as targets (`text_target`).
+    Targets are tokenized as targets (`text_target`). If the tokenizer ends no text (Gemma's), they get its
+    end-of-text token and no other: a model that has seen no end writes none. The token with which such a tokenizer
+    starts texts is the one that T5Gemma's decoder starts with anyway, and it cannot tell one from two of them.
 
     Returns:
         A dataset with `input_ids`, `attention_mask`, (`token_type_ids`), `labels` (token ids), `idx`, the row
         number in `pairs`, and `source_length`, `target_length`: tokens before truncation.
     """
     workers, data = data.preprocessing_num_workers, replace(data, preprocessing_num_workers=None)
+    example, eos = tokenizer(text_target="a")["input_ids"], tokenizer.eos_token_id
+    end = [] if eos in (None, *example) or example[-1] in special_tokens(tokenizer).values() else [eos]
 
     def encode(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         sources = [data.source_prefix + text for text in rows["source"]]
         encoded, source_lengths = _cut(tokenizer, "text", sources, data.max_source_length)
-        targets, target_lengths = _cut(tokenizer, "text_target", rows["target"], data.max_target_length)
+        room = data.max_target_length - len(end)
+        targets, target_lengths = _cut(
+            tokenizer, "text_target", rows["target"], room, add_special_tokens=not end
+        )
         return encoded | {
-            "labels": targets["input_ids"],
+            "labels": [ids if ids[-1:] == end else [*ids, *end] for ids in targets["input_ids"]],
             "idx": indices,
             "source_length": source_lengths,
-            "target_length": target_lengths,
+            "target_length": [length + len(end) for length in target_lengths],
         }
 
     return map_rows(pairs, encode, workers)
@@ -418,18 +428,18 @@ def _report_shared_sources(rows: Mapping[str, Dataset], columns: PairColumns) ->
 
 
 def _cut(
-    tokenizer: PreTrainedTokenizerBase, kind: str, texts: list[str], limit: int
+    tokenizer: PreTrainedTokenizerBase, kind: str, texts: list[str], limit: int, **options: Any
 ) -> tuple[dict[str, list[list[int]]], list[int]]:
     """Tokenize texts as a `text` or a `text_target`; those that are too long a second time, truncated.
 
     This gives the lengths before truncation.
     """
-    encoded = dict(encode_texts(tokenizer, **{kind: texts}, verbose=False))
+    encoded = dict(encode_texts(tokenizer, **{kind: texts}, **options, verbose=False))
     lengths = [len(ids) for ids in encoded["input_ids"]]
     long = [row for row, length in enumerate(lengths) if length > limit]
     if long:
         too_long = [texts[row] for row in long]
-        shorter = encode_texts(tokenizer, **{kind: too_long}, truncation=True, max_length=limit)
+        shorter = encode_texts(tokenizer, **{kind: too_long}, **options, truncation=True, max_length=limit)
         for name, column in encoded.items():
             for row, ids in zip(long, shorter[name], strict=True):
                 column[row] = ids

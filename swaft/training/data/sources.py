@@ -227,7 +227,13 @@ def _load_hub(name: str, config_name: str | None, delimiter: str | None = None) 
     if not isinstance(found, DatasetDict):
         raise DataError(f"data.dataset_name: {name} has no splits; set data.train_file instead")
     kept = {SPLIT_NAMES[str(split)]: rows for split, rows in found.items() if split in SPLIT_NAMES}
-    if left := [str(split) for split in found if split not in SPLIT_NAMES]:
+    left = [str(split) for split in found if split not in SPLIT_NAMES]
+    if not kept:
+        raise DataError(
+            f"data.dataset_name: {name} has the splits {', '.join(left)}; expected one named train. Save the "
+            "rows of one as parquet, and set data.train_file to it"
+        )
+    if left:
         logger.info("%s: the splits %s are not read", name, ", ".join(left))
     if name in GLUE_NAMES:  # labels of its test splits are withheld (-1): there is nothing to score
         kept.pop("test", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
+from inspect import signature
 from operator import attrgetter
 from typing import Any
 
@@ -63,10 +64,15 @@ def generate_as_trained(model: Any, tokenizer: Any) -> None:
     """Make a model generate with the start, end and padding tokens, and in the language, that it is trained with.
 
     The model is an encoder-decoder whose configuration follows the tokenizer; its generation settings are saved
-    with it. mBART's decoder starts with the code of the language. Those of mBART-50, M2M100 and NLLB start with
-    another token, and the code is the first token of the text, which generation is forced to start with.
+    with it, and the tokenizer makes no inputs that it does not read. mBART's decoder starts with the code of the
+    language. Those of mBART-50, M2M100 and NLLB start with another token, and the code is the first token of the
+    text, which generation is forced to start with.
     """
     config, generation = model.config, model.generation_config
+    if "token_type_ids" not in signature(model.get_encoder().forward).parameters:
+        # A BERT's tokenizer makes them for a BART or T5 too, whose `generate` refuses what they do not read.
+        read = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = read
     labels = tokenizer(text_target="a").input_ids
     end = tokenizer.eos_token_id
     if end is None and labels[-1] in tokenizer.all_special_ids:

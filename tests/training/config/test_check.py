@@ -11,6 +11,7 @@ from swaft.noise.presets import PRESETS
 from swaft.options import docs_of
 from swaft.training.config import AveragingConfig, ModelConfig, TrainConfig, check_averaging, check_config
 from swaft.training.config.values import sections, settings
+from swaft.training.data.causal_lm import CausalDataConfig
 from swaft.training.data.classification import ClassificationConfig, DataConfig
 from swaft.training.data.question_answering import QuestionAnsweringConfig
 from swaft.training.data.seq2seq import (
@@ -276,6 +277,22 @@ def test_a_column_or_language_without_its_counterpart_is_named(one, other):
     for given, missing in ((one, other), (other, one)):
         [problem] = check_config(seq2seq_config(**{f"data__{given}": "x"}))
         assert problem.startswith(f"data.{missing}: is not set")
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (CausalDataConfig, "prompt_prefix"),
+        (CausalDataConfig, "prompt_suffix"),
+        (Seq2SeqDataConfig, "source_prefix"),
+    ],
+)
+def test_a_line_break_that_a_shell_does_not_read_as_one_is_a_problem(data, name):
+    rows = {"task_name": "x"}
+    assert [*data(**rows, **{name: "a\n"}).conflicts()] == []
+    [(setting, fault)] = data(**rows, **{name: r"a\n"}).conflicts()
+    assert setting == name
+    assert "a backslash and an n, not a line break" in fault
 
 
 def test_what_is_said_about_texts_that_are_not_generated_is_a_problem():

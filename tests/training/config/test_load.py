@@ -100,6 +100,12 @@ def test_yaml_booleans_in_other_text_settings_are_refused_not_turned_into_words(
     assert all("quotes" in problem for problem in found)
 
 
+def test_a_list_of_names_is_refused_with_how_to_write_it(tmp_path):
+    path = write(tmp_path, "a.yaml", "model:\n  use_peft: true\n  lora_target_modules: [query, value]\n")
+    [problem] = problems(*REQUIRED, "--config", path)
+    assert "got the list ['query', 'value']; write names in one text, with commas between them" in problem
+
+
 def test_text_on_the_command_line_is_kept_as_typed():
     config = load("track.run_name=1e3", "track.project_name=no", "train.output_dir=a=b: c")
     assert (config.track.run_name, config.track.project_name) == ("1e3", "no")

@@ -311,6 +311,20 @@ def test_a_chat_without_room_for_an_answer_is_refused():
         made([{"messages": chat}], max_length=4)
 
 
+def test_line_breaks_before_an_answer_are_named_where_they_join_those_of_the_template():
+    inner = train_tokenizer(["the\n\n\ncat\n\n\n"], 300)
+    inner.post_processor = None
+    reader = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+    reader.chat_template = (
+        "{% for m in messages %}{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+        "{{ 'assistant\n' if add_generation_prompt }}"
+    )
+    rows = Dataset.from_list([{"messages": [CHAT[0], CHAT[1] | {"content": "\n\nthe"}]}])
+    columns = find_columns({"train": rows}, CausalDataConfig())
+    with pytest.raises(DataError, match="line breaks, which form one token with the template's, remove"):
+        tokenized(columns.rows["train"], reader, columns, CausalDataConfig())
+
+
 def test_a_template_that_rewrites_what_went_before_is_refused():
     columns = find_columns({"train": Dataset.from_list([{"messages": CHAT}])}, CausalDataConfig())
     reader = tokenizer()

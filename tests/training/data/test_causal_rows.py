@@ -16,6 +16,7 @@ from swaft.training.data.causal_lm import (
     CausalDataConfig,
     CausalEvalConfig,
     asked_rows,
+    ends_of_answers,
     find_columns,
 )
 from swaft.training.data.packing import pack
@@ -77,6 +78,15 @@ def test_texts_and_prompts_have_the_start_that_the_tokenizer_gives_them(added, g
     [row] = rows_of(reader, {"text": "b c"})
     assert words(row["input_ids"]) == text
     assert row["labels"] == [-100, *row["input_ids"][1:]]
+
+
+def test_a_tokenizer_without_an_end_token_ends_answers_with_its_separator():
+    reader = starting("<bos> $A </s>")
+    reader.eos_token = None
+    rows = rows_of(reader, {"prompt": "a", "completion": "b"})
+    assert words(rows[0]["input_ids"]) == "<bos> a b </s>"
+    assert rows[0]["labels"][-2:] == ids("b </s>")
+    assert ends_of_answers(rows) == {*ids("</s>")}
 
 
 def test_a_long_prompt_keeps_the_special_tokens_in_front_of_it():
@@ -153,6 +163,16 @@ def test_a_class_that_is_withheld_is_a_row_without_an_answer():
             [{"instruction": "a", "input": "b", "output": "c"}],
             {},
             "have 'input' besides instruction and output",
+        ),
+        (
+            [{"question": "a", "choices": ["b", "c"], "answer": "c"}],
+            {},
+            "have 'choices' besides question and",
+        ),
+        (
+            [{"article": "a", "question": "b", "answer": "c"}],
+            {},
+            "have 'article' besides question and answer",
         ),
         ([{"messages": CHAT, "tools": "[{}]"}], {}, "a column 'tools', which is not written into the chats"),
         (

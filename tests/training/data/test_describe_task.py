@@ -199,6 +199,13 @@ def test_bad_rows_are_left_out_when_asked_and_said(caplog):
         describe_task({"train": split([0, 1], text=[None, None])}, DataConfig(skip_bad_rows=True))
 
 
+def test_scores_that_are_withheld_are_told_from_scores():
+    splits = {"train": split([0.5, -1.0]), "validation": split([-1.0, 1.5]), "test": split([-1.0, -1.0])}
+    with pytest.raises(DataError, match="row 1 of test has label=-1, which marks a row without its answer"):
+        describe_task(splits, DataConfig())
+    assert {*describe_task(splits, DataConfig(skip_bad_rows=True)).rows} == {"train", "validation"}
+
+
 def test_class_names_of_the_column_type_are_kept():
     features = Features({"text": Value("string"), "label": ClassLabel(names=["x", "y", "z"])})
     train = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)

@@ -74,6 +74,17 @@ def test_targets_are_tokenized_as_targets():
     assert found["labels"][:] == [[3, 5, 3], [3, 6, 7, 3], [3, 4, 4, 3]]
 
 
+def test_targets_end_also_with_a_tokenizer_that_ends_no_text():
+    tokenizer = tiny_tokenizer(eos_token="[SEP]")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A $B", special_tokens=[("[CLS]", 2)]
+    )
+    found = tokenize_pairs(PAIRS, tokenizer, Seq2SeqDataConfig(max_target_length=4))
+    assert found["labels"][:] == [[5, 3], [6, 7, 8, 3], [4, 4, 3]]
+    assert found["target_length"][:] == [2, 5, 3]
+    assert found["input_ids"][1] == [2, 7]
+
+
 def test_lengths_and_the_share_of_texts_that_are_cut_are_logged(caplog):
     train = Dataset.from_dict({"source_length": [10] * 19 + [30], "target_length": [20] * 20})
     with caplog.at_level(logging.INFO, logger="swaft"):

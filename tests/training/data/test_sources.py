@@ -80,6 +80,14 @@ def test_a_folder_that_was_saved_to_disk_is_read_without_the_caches_beside_it(tm
         load_splits(DataConfig(dataset_name=str(tmp_path / "saved"), delimiter=";"))
 
 
+def test_splits_of_other_names_alone_are_named(tmp_path):
+    DatasetDict({name: Dataset.from_list(ROWS) for name in ("train_sft", "test_sft")}).save_to_disk(
+        str(tmp_path)
+    )
+    with pytest.raises(DataError, match="has the splits train_sft, test_sft; expected one named train"):
+        load_splits(DataConfig(dataset_name=str(tmp_path)))
+
+
 def test_local_files_are_read_without_a_network(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **options: calls.append(address))
