@@ -327,16 +327,8 @@ def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
     return CausalColumns(**columns)
 
 
-UNREAD = (
-    *("input", "context", "system", "system_prompt", "history"),
-    *(
-        "article",
-        "passage",
-        "choices",
-        "options",
-    ),  # of reading comprehension (RACE) and multiple choice (MMLU)
-)
-"""Columns with another part of the prompt, which would not be read."""
+UNREAD = ("input", "context", "system", "system_prompt", "history", "article", "passage", "choices", "options")
+"""Columns with another part of the prompt, which would not be read; the last four are RACE's and MMLU's."""
 
 
 def _refuse_unread(train: Dataset, found: tuple[str, ...]) -> None:
