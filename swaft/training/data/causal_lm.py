@@ -327,7 +327,10 @@ def _named(train: Dataset, data: CausalDataConfig) -> CausalColumns:
     return CausalColumns(**columns)
 
 
-UNREAD = ("input", "context", "system", "system_prompt", "history", "article", "passage", "choices", "options")
+UNREAD = (
+    *("input", "context", "system", "system_prompt", "history"),
+    *("article", "passage", "choices", "options"),
+)
 """Columns with another part of the prompt, which would not be read; the last four are RACE's and MMLU's."""
 
 
