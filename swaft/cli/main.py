@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader closed the pipe, as `head` does. Without this, Python would write the rest when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 128 + signal.SIGINT
 
 
 def _run(words: list[str]) -> int:

@@ -47,11 +47,11 @@ def run(words: Sequence[str]) -> int:
         raise ConfigError(
             f"swaft report needs {error.name}, which is not installed; pip install 'swaft[report]'"
         ) from error
-    from swaft.report.runs import folder_of, read_run
+    from swaft.report.runs import read_run
 
-    folders = [folder_of(Path(word)) for word in options.runs]
+    runs = [read_run(Path(word)) for word in options.runs]
+    folders = [each.path for each in runs]
     output = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
-    runs = [read_run(folder) for folder in folders]
     if options.surface:
         from swaft.report.surface import write_surface
         from swaft.training.run.progress import disable_progress_bars

@@ -5,10 +5,10 @@ r"""Runs a recipe with several seeds and several values of settings, one run aft
     swaft sweep --config_file launch/accelerate/zero2.yaml recipes/seq2seq.py ... --seeds 5 --slurm job.sbatch
 
 The line is that of `accelerate launch`, with `train.output_dir` as the folder for all runs. Each run gets a
-folder inside it, such as `averaging.rule=ema/seed-1`. A run that has finished with the same line is left alone; one
-that was interrupted resumes: start the same line again. If the sweep is ended, so is the run in progress (with
-SIGTERM, at which it writes a checkpoint). At the end there is a table, and a page of all runs, report.html (swaft
-report).
+folder inside it, such as `averaging.rule=ema/seed-1` (a / in a value becomes --). A run that has finished with the
+same line is left alone; one that was interrupted resumes: start the same line again. A folder in which a run has
+begun with another line is refused. If the sweep is ended, so is the run in progress (with SIGTERM, at which it
+writes a checkpoint). At the end there is a table, and a page of all runs, report.html (swaft report).
 
   --seeds N | A,B,...     how many seeds, from 1 on, or which ones
   --set NAME=V,V,...      values of a setting, each with every seed; with several settings, all combinations. A
@@ -42,9 +42,10 @@ from typing import IO
 
 from swaft.cli import CommandParser, reading
 from swaft.errors import ConfigError
-from swaft.report.compare import arms_of, compare
+from swaft.report.compare import arms_of, compare, scores_of
 from swaft.report.runs import json_object, read_run
 from swaft.storage import write_durably
+from swaft.storage.files import status
 
 OUTPUT, SEED = "train.output_dir", "train.seed"
 """Settings that a sweep gives each run itself."""
@@ -81,9 +82,14 @@ class SweepRun:
     """Its line, after `accelerate launch`."""
 
     @property
+    def has_begun(self) -> bool:
+        """Whether its settings exist."""
+        return status(self.folder / "config.yaml") is not None
+
+    @property
     def has_ended(self) -> bool:
         """Whether its scores exist."""
-        return (self.folder / "summary.json").is_file()
+        return status(self.folder / "summary.json") is not None
 
 
 def run(words: Sequence[str]) -> int:
@@ -181,13 +187,13 @@ def plan_runs(line: Sequence[str], seeds: Sequence[int], sets: Sequence[str]) ->
     runs = []
     for chosen in itertools.product(*choices.values()):
         for seed in seeds:
-            folder = base / ",".join(chosen) / f"seed-{seed}"
+            folder = base / ",".join(chosen).replace("/", "--") / f"seed-{seed}"
             runs.append(SweepRun(folder, [*rest, *chosen, f"{SEED}={seed}", f"{OUTPUT}={folder}"]))
     return base, runs
 
 
 def record_lines(base: Path, runs: Sequence[SweepRun]) -> None:
-    """Write down the line of every run, and refuse folders of runs that have finished with another line.
+    """Write down the line of every run, and refuse folders of runs that have begun with another line.
 
     Raises:
         ConfigError: names the first such folder and both lines.
@@ -196,7 +202,7 @@ def record_lines(base: Path, runs: Sequence[SweepRun]) -> None:
     known = json_object(record) or {}
     for each in runs:
         before = known.get(str(each.folder))
-        if each.has_ended and before != each.words:
+        if each.has_begun and before != each.words:
             ran = "another line, not of this sweep" if before is None else shlex.join(before)
             raise ConfigError(
                 f"{each.folder} holds a run of {ran}; expected {shlex.join(each.words)}. Name another "
@@ -233,7 +239,7 @@ def compare_runs(base: Path, folders: Sequence[Path]) -> list[str]:
     runs = [read_run(folder) for folder in folders]
     arms = arms_of(runs)
     lines = []
-    for split, score in [(split, score) for split, kinds in runs[0].final.items() for score in kinds["last"]]:
+    for split, score in scores_of(runs):
         for arm, kind in itertools.product(arms, ("last", "averaged")):
             scores = [each.score(split, kind, score) for each in arms[arm]]
             if values := [each for each in scores if each is not None]:

@@ -51,6 +51,12 @@ def arms_of(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
     return arms
 
 
+def scores_of(runs: Sequence[RunLog]) -> list[tuple[str, str]]:
+    """Return split and name of every final score that any of these runs has."""
+    kinds_of = [(split, kinds) for run in runs for split, kinds in run.final.items()]
+    return list(dict.fromkeys((split, name) for split, kinds in kinds_of for name in kinds.get("last", {})))
+
+
 def compare(arms: Mapping[str, Sequence[RunLog]], split: str, score: str) -> list[Difference]:
     """Return the paired differences of a score: averaged minus last in every arm, and every arm minus the first.
 

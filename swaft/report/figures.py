@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from swaft.report.compare import Difference
 from swaft.report.runs import Curve
@@ -65,6 +65,8 @@ def curves(title: str, lines: Mapping[str, Curve], *, log: bool = False) -> str:
         axes.set_xlabel("optimizer step")
         if log and all(value > 0 for points in lines.values() for _, value in points):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # the default writes TeX, and here texts are plain
+            axes.yaxis.set_minor_formatter(LogFormatter())
         if any(lines):
             axes.legend(frameon=False)
         return _svg(figure, title)

@@ -8,7 +8,7 @@ from typing import Any
 
 from swaft import __version__
 from swaft.report import figures
-from swaft.report.compare import arms_of, compare
+from swaft.report.compare import arms_of, compare, scores_of
 from swaft.report.runs import RunLog, name_among
 
 TRAINING = {
@@ -155,7 +155,7 @@ def _comparison(all_runs: Sequence[RunLog]) -> str:
     if len(runs) < 2:
         return _section("Comparison", f'{note}<p class="note">nothing to compare</p>')
     arms, parts = arms_of(runs), []
-    for split, score in _shared_scores(runs):
+    for split, score in scores_of(runs):
         found = compare(arms, split, score)
         if not found:
             continue
@@ -177,20 +177,11 @@ def _comparison(all_runs: Sequence[RunLog]) -> str:
         )
         for arm, members in arms.items()
         for run in members
-        for split, score in _shared_scores(runs)
+        for split, score in scores_of(runs)
+        if any(run.score(split, kind, score) is not None for kind in KINDS)
     ]
     parts.append(_table(("run", "arm", "split", "score", *KINDS), rows))
     return _section("Comparison", "\n".join([note, *parts]))
-
-
-def _shared_scores(runs: Sequence[RunLog]) -> list[tuple[str, str]]:
-    """Return the (split, score) pairs of the first run that every run has."""
-    return [
-        (split, score)
-        for split, kinds in runs[0].final.items()
-        for score in kinds.get("last", {})
-        if all(run.score(split, "last", score) is not None for run in runs)
-    ]
 
 
 def _section(title: str, body: str) -> str:

@@ -64,10 +64,19 @@ def read_run(path: Path) -> RunLog:
     Raises:
         ConfigError: there is no run, or its files cannot be read.
     """
-    path = folder_of(path)
+    try:
+        return _read_run(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _read_run(path: Path) -> RunLog:
+    if path.is_file() and path.name == TRAINER_STATE:
+        path = path.parent
     if (path / "metrics.jsonl").is_file():
         return _read_recipe_run(path)
-    states = [path / TRAINER_STATE, *path.glob(f"checkpoint-*/{TRAINER_STATE}")]
+    # Of one step the output folder's state is the later one: it may have an evaluation after training.
+    states = [*path.glob(f"checkpoint-*/{TRAINER_STATE}"), path / TRAINER_STATE]
     steps = {each: (json_object(each) or {}).get("global_step") or 0 for each in filter(Path.is_file, states)}
     states = sorted(steps, key=steps.__getitem__)
     if states:
@@ -83,15 +92,12 @@ def read_run(path: Path) -> RunLog:
     )
 
 
-def folder_of(path: Path) -> Path:
-    """Return the run folder if the path is its trainer_state.json; otherwise the path itself."""
-    return path.parent if path.is_file() and path.name == TRAINER_STATE else path
-
-
 def name_among(run: RunLog, runs: Sequence[RunLog]) -> str:
-    """Return a unique name for a run: its name, preceded by its parent's if another run has the same name."""
-    same = sum(each.name == run.name for each in runs)
-    return run.name if same == 1 else "/".join(run.path.resolve().parts[-2:])
+    """Return a unique name for a run: its name, preceded by as many folders as tell it from the others."""
+    own, every = run.path.resolve().parts, {each.path.resolve().parts for each in runs}
+    tails = (own[-length:] for length in range(1, len(own)))
+    alone = (tail for tail in tails if sum(each[-len(tail) :] == tail for each in every) == 1)
+    return "/".join(next(alone, own))
 
 
 def _read_recipe_run(path: Path) -> RunLog:

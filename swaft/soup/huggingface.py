@@ -35,6 +35,8 @@ def open_folder(path: Path) -> SavedWeights:
         StateError: it has no such files, or they are damaged or contradict the index.
     """
     with explained(path, "looked at"):
+        if not path.is_dir():
+            raise StateError(f"{path} is not a folder; expected a Hugging Face folder on this machine")
         is_adapter = (path / ADAPTER_CONFIG).exists()
     specs, file_of = dict[str, Spec](), dict[str, str]()
     listed = _weight_map(path, ADAPTER if is_adapter else MODEL)
@@ -69,7 +71,8 @@ def open_folder(path: Path) -> SavedWeights:
 def holds_weights(path: Path) -> bool:
     """Whether a folder looks like one of these."""
     names = [f"{stem}.safetensors{tail}" for stem in (MODEL, ADAPTER) for tail in ("", ".index.json")]
-    return any((path / name).exists() for name in names)
+    with explained(path, "looked into"):
+        return any((path / name).exists() for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any]:

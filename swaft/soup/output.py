@@ -39,11 +39,18 @@ WEIGHTS = (
     ".msgpack",
     ".onnx",
     ".gguf",
+    ".ot",
     ".index.json",
 )
 """Suffixes of files of weights and of training state. They are not copied."""
-LEFT_NAMES = ("trainer_state.json", "noise.json", "manifest.json", "COMPLETE", "latest", "average.json", CARD)
+LEFT_NAMES = (
+    *("trainer_state.json", "noise.json", "manifest.json", "COMPLETE", "latest", "average.json", CARD),
+    *("all_results.json", "train_results.json", "eval_results.json", "predict_results.json"),
+    "zero_to_fp32.py",
+)
 """Other files that are not copied: they describe the checkpoint, not the result."""
+LEFT_STARTS = ("events.out.tfevents", "random_states_", "custom_checkpoint_")
+"""Starts of the names of such files, the last two of accelerate's states."""
 MODULES = "modules.json"
 """Lists the subfolders that sentence-transformers opens along with the folder."""
 
@@ -243,7 +250,7 @@ def _forget(path: Path) -> None:
 
 
 def _is_left(name: str) -> bool:
-    return name.endswith((*WEIGHTS, ".tmp")) or name.startswith("events.out.tfevents")
+    return name.endswith((*WEIGHTS, ".tmp")) or name.startswith(LEFT_STARTS)
 
 
 def _first_weights(folder: Path) -> str | None:

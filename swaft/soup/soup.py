@@ -211,7 +211,8 @@ def average_greedily(
 
         def scored(chosen: Sequence[int]) -> float:
             first = paths[chosen[0]]
-            if len(chosen) == 1 and holds_weights(first) and not is_copy_of_masters(first):
+            is_whole = how.get("base") is None and holds_weights(first) and not is_copy_of_masters(first)
+            if len(chosen) == 1 and is_whole:
                 return score(first)
             shutil.rmtree(trial, ignore_errors=True)
             average([paths[each] for each in chosen], trial, **how)

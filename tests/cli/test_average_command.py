@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +137,20 @@ def test_a_checkpoint_that_cannot_be_is_one_error_and_no_traceback(checkpoints, 
     for words in ([path, "--base", checkpoints[0]], [checkpoints[0], "--base", path]):
         assert main([command, *words, "--output", "unused"]) == 1
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_folder_of_somebody_else_is_one_error_and_no_traceback(checkpoints, capsys, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert main(["average", *checkpoints, "--output", "unused"]) == 1
+    assert capsys.readouterr().err == f"error: {checkpoints[0]} could not be looked into: Permission denied\n"
+
+
+def test_a_base_named_as_on_the_hub_is_no_folder(checkpoints, capsys):
+    assert main(["average", *checkpoints, "--base", "google/t5-small", "--output", "unused"]) == 1
+    assert "google/t5-small is not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [looping, nested])

@@ -45,6 +45,15 @@ def test_an_error_is_text_on_stderr_and_with_json_an_object_on_stdout(command, c
     assert all(problem in as_text.err for problem in found["problems"])
 
 
+def test_a_command_that_is_interrupted_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("swaft.cli.env.run", interrupt)
+    assert main(["env"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_command_that_there_is_not_is_an_error_of_the_same_form(capsys):
     assert main(["validat", "--json"]) == 2
     (problem,) = json.loads(capsys.readouterr().out)["problems"]

@@ -11,7 +11,7 @@ import pytest
 
 from swaft.cli import sweep
 from swaft.cli.main import main
-from swaft.errors import ConfigError
+from swaft.errors import ConfigError, StateError
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
@@ -85,6 +85,31 @@ def test_a_value_in_double_quotes_may_hold_commas():
     assert [run.words[0] for run in runs] == [f"{name}=query,value", f"{name}=all-linear"]
 
 
+def test_a_folder_in_a_value_leads_nowhere(tmp_path):
+    values = "data.train_file=../../../rows/a.csv,../../../rows/b.csv"
+    base, runs = sweep.plan_runs([f"train.output_dir={tmp_path}"], [1], [values])
+    assert [run.folder.parent.parent for run in runs] == [base, base]
+    assert runs[0].folder.parent.name == "data.train_file=..--..--..--rows--a.csv"
+
+
+def test_a_folder_that_cannot_be_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(StateError, match="File name too long"):
+        sweep.run(["recipe.py", f"train.output_dir={tmp_path}", "--seeds", "1", "--set", f"a.b={'x' * 300}"])
+
+
+def test_a_score_that_one_run_lacks_is_compared_for_the_others(tmp_path):
+    folders = [tmp_path / f"seed-{seed}" for seed in (1, 2, 3)]
+    for seed, folder in enumerate(folders, start=1):
+        write_scores(folder, {"train.seed": str(seed)})
+    scores = {"last": {"accuracy": "nan"}, "averaged": {"accuracy": 0.76}}  # text, as JSON lacks the number
+    (folders[0] / "summary.json").write_text(json.dumps({"scores": {"test": scores}}))
+    (row, *_) = sweep.compare_runs(tmp_path, folders)
+    assert row == "test accuracy     all runs, last: 0.725 ± 0.00707 (2 seeds)"
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<td>accuracy</td>") == 3
+    assert "<td>averaged − last (all runs)</td><td>2</td>" in page
+
+
 def test_a_run_that_has_ended_is_left_alone(tmp_path, launched):
     words = ["sweep", "recipe.py", f"train.output_dir={tmp_path}", "--seeds"]
     assert main([*words, "1"]) == 0
@@ -122,7 +147,11 @@ def test_a_run_refused_because_another_sweep_was_in_it_counts_once_that_one_has_
 def test_a_folder_whose_run_ended_with_another_line_is_refused(tmp_path, launched):
     words = ["recipe.py", f"train.output_dir={tmp_path}", "--seeds", "1"]
     sweep.run([*words, "train.learning_rate=1e-4"])
-    with pytest.raises(ConfigError, match=r"seed-1 holds a run of recipe.py train.learning_rate=1e-4 "):
+    refused = pytest.raises(ConfigError, match=r"seed-1 holds a run of recipe.py train.learning_rate=1e-4 ")
+    with refused:
+        sweep.run([*words, "train.learning_rate=1e-2"])
+    (tmp_path / "seed-1" / "summary.json").unlink()  # interrupted, it would resume
+    with refused:
         sweep.run([*words, "train.learning_rate=1e-2"])
     assert len(launched) == 1
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -98,6 +100,7 @@ def test_the_page_of_a_recipes_run_has_every_figure_and_fetches_nothing(tmp_path
     assert all(link.startswith(("#", "data:image/png")) for link in found.fetched)
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert "&lt;b&gt;" in page
+    assert "$" not in page  # matplotlib writes the numbers of a logarithmic axis in TeX
     assert "<td>train.seed</td><td>1</td><td>command line</td>" in page
     assert "<td>accuracy *</td><td>0.81</td><td>0.83</td><td>+0.02</td>" in page
 
@@ -326,6 +329,25 @@ def test_a_trainers_latest_state_is_that_of_the_latest_step(tmp_path):
     assert read_run(run).facts["global_step"] == 4
 
 
+def test_an_evaluation_after_a_trainers_last_checkpoint_is_read(tmp_path):
+    run = trainer_run(tmp_path / "out")
+    state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
+    state["log_history"].append({"eval_loss": 0.125, "step": 4})
+    (run / "trainer_state.json").write_text(json.dumps(state))  # by trainer.save_state(), at the same step
+    assert read_run(run).final["validation"]["last"] == {"loss": 0.125}
+
+
+def test_a_run_of_somebody_else_is_an_error_that_says_so(tmp_path, monkeypatch):
+    run = recipe_run(tmp_path / "run")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(ConfigError, match=r"run cannot be read: .*Permission denied"):
+        read_run(run)
+
+
 def test_scores_of_a_recipe_that_are_no_numbers_are_left_out(tmp_path):
     runs = [recipe_run(tmp_path / name) for name in ("a", "b")]
     summary = json.loads((runs[0] / "summary.json").read_text())
@@ -352,9 +374,9 @@ def test_blends_of_one_window_are_drawn_beside_the_windows_and_not_over_them(tmp
 
 
 def test_runs_of_the_trainer_in_folders_of_one_name_are_told_apart(tmp_path):
-    page = render([read_run(trainer_run(tmp_path / name / "out")) for name in ("a", "b")])
-    assert "<td>run=a/out</td>" in page
-    assert "<td>run=b/out</td>" in page
+    page = render([read_run(trainer_run(tmp_path / name)) for name in ("a/out", "b/out", "c/1/s", "d/1/s")])
+    for name in ("a/out", "b/out", "c/1/s", "d/1/s"):
+        assert f"<td>run={name}</td>" in page
 
 
 def test_names_in_figures_are_text(tmp_path):

@@ -76,6 +76,18 @@ def test_the_written_folder_is_the_mean_of_the_chosen(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "in0", "in1", "in2", "out"]
 
 
+def test_a_checkpoint_of_weights_alone_is_scored_with_the_configuration_of_the_base(tmp_path):
+    base, *paths = folders(tmp_path, 3)
+    for path in paths:  # as accelerate's save_state leaves them
+        (path / "config.json").unlink()
+
+    def score(folder):
+        assert (folder / "config.json").exists()
+        return 1.0
+
+    average_greedily(paths, tmp_path / "out", score=score, higher_is_better=True, base=base)
+
+
 MISFITS = {
     "a base that is not there": ({"base": "nowhere"}, "nowhere"),
     "a rank for whole models": ({"lora_rank": 4}, "lora_rank is set"),

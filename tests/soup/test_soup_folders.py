@@ -120,7 +120,8 @@ def test_other_files_are_copied_and_the_type_is_set(tmp_path):
     paths = folders(tmp_path, 2)
     for name in (
         *("optimizer.pt", "training_args.bin", "trainer_state.json", ".hidden", "pytorch_model.bin"),
-        *("noise.json", "manifest.json", "COMPLETE", "latest", "average.json"),
+        *("noise.json", "manifest.json", "COMPLETE", "latest", "average.json", "zero_to_fp32.py"),
+        *("all_results.json", "eval_results.json", "random_states_0.pkl", "rust_model.ot"),
     ):
         (paths[0] / name).write_bytes(b"x")
     (paths[0] / "README.md").write_text("The last weights of a training run.")

@@ -104,6 +104,16 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
         load_model_config(ModelConfig(model_name_or_path=str(tmp_path / "nowhere")))
 
 
+@pytest.mark.parametrize("load", [load_model_config, load_tokenizer])
+def test_a_folder_that_is_no_whole_model_is_told_for_what_it_is(tmp_path, load):
+    section = ModelConfig(model_name_or_path=str(tmp_path))  # a run's own folder, say
+    with pytest.raises(ConfigError, match=r"it has no config\.json; expected the folder of a model"):
+        load(section)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="it is an adapter; merge it into its base model"):
+        load(section)
+
+
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
     section = ModelConfig(model_name_or_path="demo", tokenizer_name=str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"model\.tokenizer_name: .*nowhere cannot be loaded"):

@@ -382,9 +382,16 @@ def naming_settings(model: AnyModelConfig, setting: str | None = None) -> Iterat
                 f"model.model_name_or_path: {model.model_name_or_path} has a head of another size than this task "
                 "needs (see the report above); for a new head set model.ignore_mismatched_sizes=true"
             ) from error
+        named = getattr(model, setting)
+        folder = Path(str(named))
+        if setting == "model_name_or_path" and folder.is_dir() and not (folder / "config.json").exists():
+            if (folder / "adapter_config.json").exists():
+                reason = (
+                    "it is an adapter; merge it into its base model, and name the folder of the whole model"
+                )
+            else:
+                reason = "it has no config.json; expected the folder of a model, such as final/ of a run"
         # transformers takes any vocabulary that it cannot read for tiktoken's.
         if "tiktoken" in reason and not is_sentencepiece_available():
             reason = "its tokenizer may be a sentencepiece model; pip install sentencepiece protobuf"
-        raise ConfigError(
-            f"model.{setting}: {getattr(model, setting)} cannot be loaded: {reason[:500]}"
-        ) from error
+        raise ConfigError(f"model.{setting}: {named} cannot be loaded: {reason[:500]}") from error
