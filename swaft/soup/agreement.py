@@ -265,6 +265,11 @@ def fit_to_base(members: list[SavedWeights], base: SavedWeights) -> list[SavedWe
             in a form that only the model can compute.
     """
     first = members[0]
+    if first.is_adapter and not base.is_adapter:
+        raise StateError(
+            f"{first.path} is an adapter, and --base {base.path} a whole model; an adapter folder lacks nothing: "
+            "leave --base out"
+        )
     for name in first.specs:
         if PARAMETRIZED in f".{name}" and name not in base.specs:
             raise StateError(

@@ -216,6 +216,15 @@ def test_adapters_whose_start_has_changed_their_base_keep_their_rank(tmp_path):
     average(paths, tmp_path / "out")
 
 
+def test_adapters_need_no_base_model(tmp_path):
+    bert(0).save_pretrained(tmp_path / "base")
+    paths = [adapter(tmp_path / str(seed), seed) for seed in range(2)]
+    with pytest.raises(
+        StateError, match=r"0 is an adapter, and --base .* a whole model; .* leave --base out"
+    ):
+        average(paths, tmp_path / "out", base=tmp_path / "base")
+
+
 def test_an_adapter_and_a_model_have_no_average(tmp_path):
     path, other = adapter(tmp_path / "a", 0), folder_of(tmp_path / "b", random_tensors(0))
     with pytest.raises(StateError, match=r"a is an adapter and .*b a whole model"):
