@@ -143,7 +143,6 @@ PHASES = (
     *_each(("decayed2x", *NOISE), ("sst2", "trec", "mpqa"), "small"),
     # In the main regime two passes mean two epochs, and training longer gains most.
     *_each(R4F_AND_PLAIN, ("trec", "sst2", "mpqa", "cr"), "long"),
-    *_each(R4F_AND_PLAIN, ("mpqa",)),
     *(
         Phase(R4F_AND_PLAIN, each, (task,), DECIDING_SEEDS)
         for task in CONFIRMING

@@ -154,8 +154,8 @@ def _comparison(all_runs: Sequence[RunLog]) -> str:
     note = f'<p class="note">without scores yet: {escape(", ".join(waiting))}</p>' if waiting else ""
     if len(runs) < 2:
         return _section("Comparison", f'{note}<p class="note">nothing to compare</p>')
-    arms, parts = arms_of(runs), []
-    for split, score in scores_of(runs):
+    arms, scores, parts = arms_of(runs), scores_of(runs), []
+    for split, score in scores:
         found = compare(arms, split, score)
         if not found:
             continue
@@ -177,7 +177,7 @@ def _comparison(all_runs: Sequence[RunLog]) -> str:
         )
         for arm, members in arms.items()
         for run in members
-        for split, score in scores_of(runs)
+        for split, score in scores
         if any(run.score(split, kind, score) is not None for kind in KINDS)
     ]
     parts.append(_table(("run", "arm", "split", "score", *KINDS), rows))
