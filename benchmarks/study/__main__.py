@@ -187,10 +187,12 @@ def print_cell(cell: Cell, check: bool) -> int:
         row["readout"]: _reproducible(row) for row in read_rows(results_folder())
         if (row["cell"], row["fingerprint"], kind_of(row)) == (cell.name, cell.fingerprint, _here())
     }  # fmt: skip
-    same = ours.keys() == kept.keys() and all(kept[name].items() <= ours[name].items() for name in kept)
-    other = "other numbers, or no rows of this fingerprint and kind of machine"
-    print("the same numbers" if same else other, file=sys.stderr)
-    return 0 if same else 1
+    found = "the same numbers" if kept else "no rows of this fingerprint and kind of machine"
+    other = [f"{name} (made or kept only)" for name in ours.keys() ^ kept.keys()]
+    for name in ours.keys() & kept.keys():
+        other += [f"{name} ({part})" for part, value in kept[name].items() if ours[name].get(part) != value]
+    print(f"other: {', '.join(sorted(other))}" if kept and other else found, file=sys.stderr)
+    return 1 if other else 0
 
 
 def _reproducible(row: Row) -> dict[str, str]:

@@ -84,7 +84,7 @@ def test_a_failed_cell_is_made_again_when_asked_and_only_then(tiny_task, monkeyp
 
 @pytest.mark.parametrize("part", ["noise", "settings", "outcomes"])
 def test_a_check_finds_any_other_number_of_the_rows_and_a_readout_that_is_not_made(
-    tiny_task, monkeypatch, part
+    tiny_task, monkeypatch, capsys, part
 ):
     (row,) = rows = command.make(parse_cell(CR))
     monkeypatch.setattr(command, "run_cell", lambda cell: rows)
@@ -93,8 +93,17 @@ def test_a_check_finds_any_other_number_of_the_rows_and_a_readout_that_is_not_ma
     assert command.main(["cell", CR, "--check"]) == 0
     store.append(tiny_task / "results", "rows", [row | {part: {}}])
     assert command.main(["cell", CR, "--check"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"other: last ({part})"
     store.append(tiny_task / "results", "rows", [row, row | {"readout": "another"}])
     assert command.main(["cell", CR, "--check"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "other: another (made or kept only)"
+
+
+def test_committed_rows_name_the_settings_that_a_cell_names_today_so_that_a_check_can_find_them(tiny_task):
+    (made,) = command.make(parse_cell(CR))
+    kept = read_rows(Path(store.__file__).parents[1] / "results" / "study")
+    measured = [row for row in kept if "failed" not in row and row["split"] != "cycle"]
+    assert {tuple(sorted(row["settings"])) for row in measured} == {tuple(sorted(made["settings"]))}
 
 
 def test_rows_of_a_pack_are_another_kind_of_machine_and_their_command_names_it(monkeypatch):
