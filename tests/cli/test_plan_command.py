@@ -7,6 +7,7 @@ import shutil
 import time
 
 import pytest
+from transformers import ViTConfig
 
 from swaft.cli.main import main
 
@@ -60,6 +61,14 @@ def test_json_has_the_numbers_of_the_table(configs, tmp_path, capsys):
 def test_a_model_that_the_objective_refuses_is_not_planned(configs, tmp_path, capsys):
     assert main(words(configs, tmp_path, "noise.kind=r3f", "data.do_regression=true")) == 1
     assert "section noise: R3F needs at least two classes" in capsys.readouterr().err
+
+
+def test_a_type_of_model_without_a_form_for_the_task_is_told_in_a_sentence(configs, tmp_path, capsys):
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    assert main(words(configs, tmp_path, f"model.model_name_or_path={tmp_path / 'vit'}")) == 1
+    told = capsys.readouterr().err
+    assert "a vit has no form for sequence classification in transformers; use an encoder" in told
+    assert "Unrecognized configuration class" not in told
 
 
 def test_what_does_not_fit_is_named_and_fails(configs, tmp_path, capsys):

@@ -143,6 +143,26 @@ def test_a_folder_without_a_tokenizer_is_refused_rather_than_read_as_unknown_wor
         load_tokenizer(model)
 
 
+@pytest.mark.parametrize(
+    "model_type", ["t5", "mbart", "deberta-v2", "llama", "modernbert", "marian", "ctrl", "prophetnet"]
+)
+def test_a_model_saved_without_its_tokenizer_is_told_so_by_every_type(tmp_path, model_type):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(
+        ConfigError, match=r"model\.tokenizer_name: .* has no vocabulary, which tokenizer\.json"
+    ):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))
+
+
+def test_a_tokenizer_of_bytes_needs_no_files(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "canine"}')
+    assert load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))("a")["input_ids"] == [
+        57344,
+        97,
+        57345,
+    ]
+
+
 def test_a_multimodal_model_keeps_the_settings_that_prepare_its_images(tmp_path, caplog):
     base, trained = tmp_path / "base", tmp_path / "trained"
     base.mkdir()
@@ -163,7 +183,8 @@ def test_a_multimodal_model_keeps_the_settings_that_prepare_its_images(tmp_path,
 
 
 def test_a_tokenizer_of_pages_is_refused(tmp_path):
-    vocabulary = {word: index for index, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a"])}
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b"]
+    vocabulary = {word: index for index, word in enumerate(words)}
     LayoutLMv3Tokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
     with pytest.raises(
         ConfigError, match=r"model\.tokenizer_name: LayoutLMv3Tokenizer does not read plain text"

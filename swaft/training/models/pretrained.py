@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,8 @@ FORMS = {
 """Forms by task."""
 PROCESSOR_FILES = ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"]
 """How a multimodal model prepares images, sound and video."""
+TOKENIZER_FILES = re.compile(r"token|vocab|merges|dict|\.(model|codes)$")
+"""What is in the names of files that tokenizers read."""
 UNLIMITED = 1_000_000_000
 """Tokens that a model without absolute positions can read: as many as memory allows."""
 GROWING = frozenset({"fsmt", "m2m_100", "nllb-moe", "seamless_m4t", "seamless_m4t_v2"})
@@ -114,18 +117,21 @@ def load_tokenizer(model: AnyModelConfig) -> Any:
 
     Raises:
         ConfigError: there is no tokenizer, it does not read plain text (LayoutLMv3's needs boxes), or it knows no
-            word: transformers makes such a tokenizer for a folder without tokenizer files, and every text would
-            become unknown tokens.
+            word: for a folder without tokenizer files transformers makes such a tokenizer, which takes every text
+            for unknown tokens, or fails in words that do not say so.
     """
-    with naming_settings(model, "tokenizer_name" if model.tokenizer_name else None):
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.tokenizer_name or model_path(model), trust_remote_code=model.trust_remote_code
-        )
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ConfigError(
-            f"model.tokenizer_name: {model.tokenizer_name or model.model_name_or_path} has no vocabulary, its "
-            f"tokenizer knows {len(tokenizer)} special tokens and no word; set a tokenizer that has one"
-        )
+    named = model.tokenizer_name or model_path(model)
+    without_words = ConfigError(
+        f"model.tokenizer_name: {named} has no vocabulary, which tokenizer.json or a tokenizer's other files hold; "
+        "name a model or folder that has them"
+    )
+    try:
+        with naming_settings(model, "tokenizer_name" if model.tokenizer_name else None):
+            tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # of any type: each tokenizer misses its files in its own way
+        raise (without_words if _is_model_alone(Path(named)) else error) from error.__cause__
+    if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) <= 1:  # or the mark of a space
+        raise without_words
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     try:
@@ -136,6 +142,12 @@ def load_tokenizer(model: AnyModelConfig) -> Any:
             "use a model and a tokenizer for plain text, not for pages or tables"
         ) from error
     return tokenizer
+
+
+def _is_model_alone(folder: Path) -> bool:
+    """Whether a model was saved here without its tokenizer."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return "config.json" in names and not any(map(TOKENIZER_FILES.search, names))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from swaft.errors import ConfigError, NoiseError
 from swaft.training.config import TrainConfig
 from swaft.training.launch.failure import message_of
+from swaft.training.models.checks import require_form
 from swaft.training.models.pretrained import form_of, naming_settings, with_adapters, with_checkpointing
 from swaft.training.planning.memory import PlannedEngine, Weight
 
@@ -48,9 +49,10 @@ def planned_model(config: Any, model_config: Any) -> PlannedModel:
     """Return how to make a recipe's model, in the context of `OnPaper`, and its longest batch.
 
     Raises:
-        ConfigError: the recipe's task is not one of `swaft.training.models.pretrained.FORMS`.
+        ConfigError: the type of model has no form for the recipe's task.
     """
     model, task = config.model, config.task
+    require_form(model, model_config, task)
     form = form_of(task)
     if model.described is not None:  # the special tokens and largest vocabulary that its tokenizer will have
         fitted = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
